@@ -1,0 +1,52 @@
+"""From a model's logits to probabilities that mean what they say, and from these to a label; fitted on validation."""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+
+from sentiment.metrics import negative_log_likelihood
+
+LOG_TEMPERATURES = (-3.0, 3.0)
+
+
+def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / temperature): float64 [reviews, classes]."""
+    return softmax(np.asarray(logits, np.float64) / temperature, axis=1)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature of the least negative log-likelihood (Guo et al. 2017)."""
+    found = minimize_scalar(
+        lambda log: negative_log_likelihood(probabilities(logits, np.exp(log)), labels),
+        bounds=LOG_TEMPERATURES,
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def fit_threshold(values: np.ndarray, labels: np.ndarray) -> float | None:
+    """The probability of the last class from which on it is the answer, for the best macro-F1; None unless there are two.
+
+    Of equally good thresholds it is the middle one: on few reviews the best ones are a broad plateau.
+    """
+    if values.shape[1] != 2:
+        return None
+    positive, truth = values[:, 1], labels == 1
+    edges = np.unique(positive)
+    middles = np.concatenate([[0.0], (edges[1:] + edges[:-1]) / 2, [1.0]])
+    hits = np.searchsorted(np.sort(positive[truth]), middles)
+    misses = np.searchsorted(np.sort(positive[~truth]), middles)
+    true_positive, true_negative = truth.sum() - hits, misses
+    false_positive, false_negative = (~truth).sum() - misses, hits
+    f1_positive = 2 * true_positive / np.maximum(1, 2 * true_positive + false_positive + false_negative)
+    f1_negative = 2 * true_negative / np.maximum(1, 2 * true_negative + false_positive + false_negative)
+    macro = f1_positive + f1_negative
+    best = np.flatnonzero(macro == macro.max())
+    return float(middles[best[len(best) // 2]])
+
+
+def decide(values: np.ndarray, threshold: float | None) -> np.ndarray:
+    """The class of each row of probabilities [reviews, classes], int64 [reviews]: by the threshold, else the likeliest."""
+    if threshold is None:
+        return values.argmax(axis=1)
+    return (values[:, 1] >= threshold).astype(np.int64)

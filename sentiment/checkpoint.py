@@ -1,0 +1,170 @@
+"""Where a model begins: a checkpoint of the Hub or of a folder, or a small BERT of our own from scratch."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from sentiment.batches import LENGTH_STEP
+from sentiment.errors import CheckpointError
+from sentiment.logs import first_line
+from sentiment.params import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+ALPHABET = 1000  # characters a vocabulary of our own holds at most
+MIN_FREQUENCY = 2
+log = logging.getLogger(__name__)
+
+
+def arguments(settings: Model) -> dict[str, Any]:
+    """What every `from_pretrained` of a checkpoint gets: the revision of a Hub name, and never remote code.
+
+    Raises CheckpointError where the checkpoint is neither a folder nor a Hub name with a revision.
+    """
+    name = settings.checkpoint or ""
+    if Path(name).is_dir():
+        return {"trust_remote_code": False, "local_files_only": True}
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"model.checkpoint names {name!r}, which is no folder here and no Hub name (OWNER/NAME)")
+    if not settings.revision:
+        raise CheckpointError(
+            f"model.checkpoint names {name}, which is no folder here, so it is looked for on the Hub: pin its commit with "
+            "model.revision, or correct the path"
+        )
+    if not re.fullmatch(r"[0-9a-f]{40}", settings.revision):
+        log.warning("model.revision %s is no commit (40 hexadecimal digits), so the Hub may change it", settings.revision)
+    return {"trust_remote_code": False, "revision": settings.revision}
+
+
+def failure(settings: Model, error: Exception) -> CheckpointError:
+    """The error to raise when a checkpoint could not be loaded."""
+    where = "" if Path(settings.checkpoint or "").is_dir() else f" at revision {settings.revision}"
+    return CheckpointError(
+        f"model.checkpoint {settings.checkpoint}{where} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
+        "check the name, the revision and the network, or that the folder holds config.json, the weights and the tokenizer"
+    )
+
+
+def save_tokenizer(settings: Model, texts: Sequence[str], folder: Path) -> None:
+    """Write the tokenizer to `folder` in the Hub's layout: the checkpoint's own, or one learnt from `texts`.
+
+    Raises CheckpointError if the checkpoint has none.
+    """
+    if settings.checkpoint is None:
+        save_word_piece(word_piece(texts, settings.vocab_size), folder)
+        return
+    keywords = arguments(settings)
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint, use_fast=True, **keywords)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise failure(settings, error) from error
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{settings.checkpoint} has no fast tokenizer; a tokenizer.json is needed")
+
+
+def word_piece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A cased WordPiece tokenizer learnt from `texts`: the same for the same texts.
+
+    The library numbers the continuing characters (##a) as a hash table yields them, and breaks ties by those numbers; naming
+    them beforehand, in order, makes the vocabulary reproducible.
+    """
+    counts = Counter(char for text in texts for char in text if not char.isspace())
+    alphabet = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:ALPHABET])
+    special = list(SPECIAL.values())
+    learner = bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=max(vocab_size, len(special) + 2 * len(alphabet)),
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=special + ["##" + char for char in alphabet],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    vocab = learner.get_vocab()
+    tokenizer = bert_tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def bert_tokenizer(model: models.Model) -> Tokenizer:
+    """BERT's own normalisation and splitting, cased, before `model`."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def save_word_piece(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer as transformers reads it: tokenizer.json and tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "strip_accents": False, **SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max_length: int) -> "PreTrainedModel":
+    """A sequence classifier with an output for each label, its head (and, with no checkpoint, all of it) drawn at random.
+
+    Draws from torch's global generator: seed it first. Raises CheckpointError if the checkpoint cannot be loaded or takes
+    no sequence of `max_length` tokens.
+    """
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
+    if settings.checkpoint is None:
+        return small_bert(settings, names, tokenizer, max_length)
+    from transformers import AutoModelForSequenceClassification
+
+    keywords = arguments(settings)
+    try:
+        import torch
+
+        model = AutoModelForSequenceClassification.from_pretrained(
+            settings.checkpoint, dtype=torch.float32, weights_only=True, ignore_mismatched_sizes=True, **names, **keywords
+        )
+    except Exception as error:
+        raise failure(settings, error) from error
+    longest = getattr(model.config, "max_position_embeddings", max_length) // LENGTH_STEP * LENGTH_STEP
+    if max_length > longest:
+        raise CheckpointError(
+            f"tokenize.max_length is {max_length}, but {settings.checkpoint} takes at most {longest} tokens; lower it"
+        )
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise CheckpointError(
+            f"{settings.checkpoint} has {model.config.vocab_size} embeddings for {tokenizer.get_vocab_size()} tokens: its "
+            "weights and its tokenizer do not belong together"
+        )
+    return model
+
+
+def small_bert(settings: Model, names: dict[str, Any], tokenizer: Tokenizer, max_length: int) -> "PreTrainedModel":
+    """A BERT classifier of the sizes in params.yaml, with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=settings.intermediate_size,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        max_position_embeddings=-(-max_length // LENGTH_STEP) * LENGTH_STEP,
+        pad_token_id=tokenizer.token_to_id("[PAD]"),
+        **names,
+    )
+    return BertForSequenceClassification(config)

@@ -1,0 +1,117 @@
+"""A fine-tuned model folder, ready to classify: weights, tokenizer, and what was fitted for inference.
+
+`inference.json` beside the weights holds: `max_length` in tokens, `lowercase`, `text` (the columns it was trained on),
+`temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sentiment import batches, calibration, text
+from sentiment.errors import CheckpointError, TrainingError
+from sentiment.files import read_json, write_json
+from sentiment.logs import first_line
+from sentiment.tokens import Tokens, encode, load_tokenizer, ragged
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How texts are read and probabilities turned into labels; kept with the model as inference.json."""
+
+    max_length: int
+    lowercase: bool
+    text: list[str]
+    temperature: float
+    threshold: float | None
+
+    def save(self, folder: Path) -> None:
+        """Write inference.json."""
+        write_json(folder / "inference.json", asdict(self))
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that is loaded. `probabilities` and `decide` are all that its users need."""
+
+    model: Any
+    tokenizer: "Tokenizer"
+    inference: Inference
+    labels: list[str]
+    device: "torch.device"
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> "Classifier":
+        """Load a model folder; raises CheckpointError if it is missing, broken or not one of ours."""
+        folder = Path(folder)
+        if not (folder / "inference.json").is_file():
+            raise CheckpointError(f"{folder} holds no model of this project (no inference.json); train one: `dvc repro train`")
+        from transformers import AutoModelForSequenceClassification
+
+        where = pick_device(device)
+        try:
+            inference = Inference(**read_json(folder / "inference.json"))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
+        names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+        return cls(model.to(where).eval(), load_tokenizer(folder, inference.max_length), inference, names, where)
+
+    def probabilities(self, texts: Sequence[str], batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+        """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
+        cleaned = [text.clean(value, self.inference.lowercase) for value in texts]
+        rows = encode(self.tokenizer, cleaned)
+        return self.token_probabilities(
+            ragged(rows, np.zeros(len(texts), np.int16), self.tokenizer.get_vocab_size()), batch_tokens
+        )
+
+    def token_probabilities(self, tokens: Tokens, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+        """The same for reviews that are already tokens."""
+        return calibration.probabilities(self.token_logits(tokens, batch_tokens), self.inference.temperature)
+
+    def token_logits(self, tokens: Tokens, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
+        """What the model itself says of reviews that are already tokens: float32 [reviews, classes]."""
+        plan = batches.by_length(tokens.lengths, batch_tokens)
+        pad_id = self.tokenizer.token_to_id("[PAD]") or 0
+        return logits(self.model, tokens, plan, pad_id, self.device).cpu().numpy()
+
+    def decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """The class index of each row, by the model's own threshold: int64 [texts]."""
+        return calibration.decide(probabilities, self.inference.threshold)
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of that name; auto is CUDA, else Apple MPS, else the CPU. Raises TrainingError if it is not there."""
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        have = ", ".join(device for device, there in present.items() if there)
+        raise TrainingError(f"there is no {name} device here (there is: {have}); set train.device to auto")
+    return torch.device(name)
+
+
+def logits(model: Any, tokens: Tokens, plan: list[np.ndarray], pad_id: int, device: "torch.device") -> "torch.Tensor":
+    """The model's logits for the batches of a plan: float32 [reviews, classes], zeros where no batch holds the review."""
+    import torch
+
+    out = torch.zeros(len(tokens), model.config.num_labels, device=device)
+    with torch.inference_mode():
+        for rows in plan:
+            batch = batches.collate(tokens, rows, pad_id)
+            inputs = {name: torch.from_numpy(batch[name]).to(device) for name in ("input_ids", "attention_mask")}
+            out[torch.from_numpy(rows).to(device)] = model(**inputs).logits.float()
+    return out

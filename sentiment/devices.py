@@ -1,0 +1,54 @@
+"""How many operations a device can do a second, and how many a step of training takes."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+# Dense matrix operations a second by the makers' data sheets, in the order in which the names are looked for: bf16/fp16, fp32.
+PEAKS = {
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A10G": (70e12, 35e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in operations a second, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for known, (half, single) in PEAKS.items():
+        if known in name.replace("-", " "):
+            return single if precision == "fp32" else half
+    return None
+
+
+def step_flops(model: Any, lengths: np.ndarray) -> float:
+    """Operations to train on reviews of these lengths in tokens, forward and backward, padding not counted.
+
+    6 for each token and each weight of a matrix that it is multiplied with, and 12 * layers * hidden_size * length for each
+    token's attention (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    config = model.config
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1) - embeddings
+    attention = 12 * config.num_hidden_layers * config.hidden_size
+    return float(6 * weights * lengths.sum() + attention * np.square(lengths, dtype=np.int64).sum())
+
+
+def describe(device: torch.device) -> str:
+    """A device's name for people: `cuda (NVIDIA H200)`, `cpu (2 threads, AVX512)`."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    return device.type

@@ -1,0 +1,113 @@
+"""What a set of probabilities is worth against the true labels, and the curves behind it.
+
+`f1`, `precision` and `recall` are means over the classes weighted by their counts, `*_macro` unweighted means, `*_CLASS` one
+class's. `loss` is the mean negative log-likelihood in nats. `roc_auc` and `pr_auc` (average precision) are unweighted means
+over the classes, each against the rest: with two classes `roc_auc` is the usual one.
+"""
+
+import numpy as np
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    matthews_corrcoef,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
+
+BANDS = ((0.8, "Excelente"), (0.7, "Bom"), (0.6, "Razoável"), (-1.0, "Baixo"))  # of f1, from the top
+SMALLEST = 1e-12  # probabilities are kept above this in logarithms
+
+
+def score(probabilities: np.ndarray, predictions: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, float]:
+    """All metrics but the intervals: probabilities [reviews, classes], predictions and labels int [reviews]."""
+    classes = np.arange(len(names))
+    per_class = precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
+    shares = per_class[3] / max(1, per_class[3].sum())
+    result = {
+        "reviews": len(labels),
+        "loss": negative_log_likelihood(probabilities, labels),
+        "accuracy": float((predictions == labels).mean()),
+    }
+    for name, values in zip(("precision", "recall", "f1"), per_class, strict=False):
+        result |= {name: float(values @ shares), f"{name}_macro": float(values.mean())}
+        result |= {f"{name}_{label}": float(value) for label, value in zip(names, values, strict=True)}
+    one_hot = np.eye(len(names), dtype=int)[labels]
+    precision_areas = [average_precision_score(one_hot[:, k], probabilities[:, k]) for k in classes]
+    return result | {
+        "roc_auc": float(np.mean([roc_auc_score(one_hot[:, k], probabilities[:, k]) for k in classes])),
+        "pr_auc": float(np.mean(precision_areas)),
+        **{f"pr_auc_{label}": float(area) for label, area in zip(names, precision_areas, strict=True)},
+        "matthews": float(matthews_corrcoef(labels, predictions)),
+    }
+
+
+def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of -log p(true class), in nats."""
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(chosen, SMALLEST)).mean())
+
+
+def band(f1: float) -> str:
+    """Excelente from 0.8, Bom from 0.7, Razoável from 0.6, else Baixo."""
+    return next(name for floor, name in BANDS if f1 >= floor)
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> list[dict[str, float]]:
+    """Bins of equal width over the top probability: mean confidence, accuracy and number of reviews of each that has any."""
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    return [
+        {
+            "confidence": float(confidence[index == k].mean()),
+            "accuracy": float(correct[index == k].mean()),
+            "reviews": int((index == k).sum()),
+        }
+        for k in np.unique(index)
+    ]
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    """Mean over reviews of |accuracy - confidence| of their bin (Guo et al. 2017, On Calibration of Modern Neural Networks)."""
+    rows = reliability(probabilities, labels, bins)
+    return sum(row["reviews"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(1, len(labels))
+
+
+def intervals(predictions: np.ndarray, labels: np.ndarray, classes: int, resamples: int, seed: int = 0) -> dict[str, float]:
+    """95% intervals of accuracy, f1 and f1_macro as `*_low` and `*_high`, by the bootstrap stratified by true class.
+
+    Resampling a class's reviews with replacement draws its row of the confusion matrix from a multinomial distribution, so
+    the matrices are drawn directly (Efron & Tibshirani 1993, percentile interval).
+    """
+    rng = np.random.default_rng(seed)
+    matrix = confusion_matrix(labels, predictions, labels=np.arange(classes))
+    support = matrix.sum(axis=1)
+    drawn = np.stack(
+        [rng.multinomial(n, row / max(1, n), size=resamples) for n, row in zip(support, matrix, strict=True)], axis=1
+    )
+    hits = np.diagonal(drawn, axis1=1, axis2=2)
+    f1 = 2 * hits / np.maximum(1, drawn.sum(axis=1) + support)
+    samples = {"accuracy": hits.sum(axis=1) / support.sum(), "f1": f1 @ (support / support.sum()), "f1_macro": f1.mean(axis=1)}
+    bounds = {name: np.percentile(values, [2.5, 97.5]) for name, values in samples.items()}
+    return {f"{name}_{end}": float(bounds[name][k]) for name in bounds for k, end in enumerate(("low", "high"))}
+
+
+def thin(points: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of a curve's points [points, 2], spread evenly along its length, both ends among them."""
+    if len(points) <= most:
+        return points
+    along = np.concatenate([[0], np.cumsum(np.abs(np.diff(points, axis=0)).sum(axis=1))])
+    return points[np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)).clip(0, len(points) - 1))]
+
+
+def roc_points(probabilities: np.ndarray, labels: np.ndarray, index: int, most: int) -> np.ndarray:
+    """The ROC curve of one class against the rest: (false positive rate, true positive rate) [points, 2]."""
+    false_positives, true_positives, _ = roc_curve(labels == index, probabilities[:, index])
+    return thin(np.stack([false_positives, true_positives], axis=1), most)
+
+
+def precision_recall_points(probabilities: np.ndarray, labels: np.ndarray, index: int, most: int) -> np.ndarray:
+    """The precision-recall curve of one class against the rest: (recall, precision) [points, 2], recall rising."""
+    precision, recall, _ = precision_recall_curve(labels == index, probabilities[:, index])
+    return thin(np.stack([recall, precision], axis=1)[::-1], most)
