@@ -1,0 +1,227 @@
+"""The model registry: versions and stages as git tags by gto, models in DVC's cache. Nothing else knows about tags.
+
+A version is an annotated tag `sentiment@v1.0.0`, a stage's turn another, `sentiment#production#1`; both stand on a snapshot
+commit that holds the parameters, metrics and dvc.lock of the run, so that DVC finds the model there.
+"""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from sentiment.errors import RegistryError
+from sentiment.files import atomic
+from sentiment.logs import first_line
+
+ARTIFACT = "sentiment"
+MODEL = "models/sentiment"
+FIRST_VERSION = "v1.0.0"
+EXPERIMENTS = (".dvc", "tmp", "exps")
+HOLDING_REF = "refs/sentiment/snapshot"
+
+
+class Version(NamedTuple):
+    """A registered model: its version (`v1.0.0`) and the commit that the tag names, 40 hexadecimal digits."""
+
+    name: str
+    commit: str
+
+    @property
+    def tag(self) -> str:
+        """The version's git tag."""
+        return f"{ARTIFACT}@{self.name}"
+
+
+def git(folder: Path, *arguments: str, **environment: str) -> str:
+    """The output of a git command; raises RegistryError with git's own words where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise RegistryError("git is not installed, so no model can be promoted; install git") from None
+    if done.returncode:
+        raise RegistryError(f"git {arguments[0]} failed ({done.stderr.strip() or done.returncode}); mend it and promote again")
+    return done.stdout.strip()
+
+
+def find_repository(folder: Path) -> Path:
+    """The root of the repository that keeps the tags: for a run of `dvc exp run --temp` or `--queue` the one it came from.
+
+    Raises RegistryError where there is none.
+    """
+    try:
+        root = Path(git(folder, "rev-parse", "--show-toplevel")).resolve()
+    except RegistryError as error:
+        raise RegistryError(f"{folder.resolve()} is in no git repository ({first_line(error)}); clone the project") from error
+    for parent in root.parents:
+        if parent.parts[-3:] == EXPERIMENTS:
+            return Path(*parent.parts[:-3])
+    return root
+
+
+class Registry:
+    """The versions and stages of a repository at `root`, on this disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def versions(self) -> list[Version]:
+        """All versions, the newest first."""
+        import gto.api
+
+        rows = gto.api.show(str(self.root))
+        if ARTIFACT not in rows:
+            return []
+        found = [row for row in gto.api.show(str(self.root), ARTIFACT) if row["registrations"]]
+        return sorted((Version(row["version"], row["commit_hexsha"]) for row in found), key=number, reverse=True)
+
+    def in_stage(self, stage: str) -> Version | None:
+        """The version that a stage holds, or None."""
+        import gto.api
+        from gto.exceptions import ArtifactNotFound
+
+        try:
+            found = gto.api.find_versions_in_stage(str(self.root), ARTIFACT, stage)
+        except ArtifactNotFound:
+            return None
+        return Version(found[0].version, found[0].commit_hexsha) if found else None
+
+    def find(self, name: str) -> Version:
+        """The version called `v1.0.0`, or the one that a stage of that name holds; raises RegistryError if there is none."""
+        held = self.in_stage(name)
+        for version in [held] if held else self.versions():
+            if held or name in (version.name, version.tag, version.name.removeprefix("v")):
+                return version
+        known = ", ".join(version.name for version in self.versions()) or "none yet"
+        raise RegistryError(f"no version or stage is called {name} (versions: {known}); promote one with `dvc repro`")
+
+    def read(self, version: Version, path: str) -> bytes:
+        """A file of the version's commit, in git or in DVC's cache; raises RegistryError if it is not to be had."""
+        with self.files(version) as files:
+            return files.read_bytes(path)
+
+    def folder(self, version: Version) -> Path:
+        """The version's model folder, fetched from DVC's cache or remote once; raises RegistryError if it is not there."""
+        target = self.root / "models" / "registry" / f"{version.name}-{version.commit[:12]}"
+        if not target.is_dir():
+            with self.files(version) as files, atomic(target) as part:
+                files.get(MODEL, str(part), recursive=True)
+        return target
+
+    @contextmanager
+    def files(self, version: Version) -> Iterator[Any]:
+        """The files of a version's commit; what fails inside raises RegistryError."""
+        from dvc.api import DVCFileSystem
+
+        try:
+            yield DVCFileSystem(str(self.root), rev=version.commit)
+        except Exception as error:
+            raise RegistryError(
+                f"{version.tag} cannot be read from DVC's cache ({type(error).__name__}: {first_line(error)}); fetch it with "
+                f"`dvc pull` at that tag, or train it again: git checkout {version.tag} && dvc repro"
+            ) from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one promotion at a time compare and tag."""
+        folder = self.root / ".dvc" / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "promotion.lock"):
+            yield
+
+    def check_writable(self) -> None:
+        """Raise RegistryError unless tags can be made here: a full clone, and a git identity."""
+        if git(self.root, "rev-parse", "--is-shallow-repository") == "true":
+            raise RegistryError("this is a shallow clone, which lacks tags; run `git fetch --unshallow --tags`")
+        try:
+            git(self.root, "var", "GIT_COMMITTER_IDENT")
+        except RegistryError:
+            raise RegistryError(
+                "git does not know who you are, so it makes no tag; run `git config --global user.name YOU` and "
+                "`git config --global user.email YOU@EXAMPLE.COM`"
+            ) from None
+        git(self.root, "rev-parse", "--verify", "HEAD")
+
+    def next_version(self) -> str:
+        """The version after the newest one: v1.0.0, v1.1.0, v1.2.0, …"""
+        versions = self.versions()
+        if not versions:
+            return FIRST_VERSION
+        first, second, _ = number(versions[0])
+        return f"v{first}.{second + 1}.0"
+
+    def promote(self, workspace: Path, name: str, stage: str, message: str) -> str:
+        """Register a snapshot of the workspace as version `name` and give it the stage; returns the stage's tag.
+
+        The workspace's branch, index and files stay as they are.
+        """
+        import gto.api
+
+        commit = self.snapshot(workspace, f"Snapshot for {ARTIFACT}@{name}\n\n{message}")
+        author, email = self.identity()
+        who = {"author": author, "author_email": email}
+        self.wait_for_a_new_second()
+        gto.api.register(str(self.root), ARTIFACT, commit, version=name, message=message, **who)
+        gto.api.assign(str(self.root), ARTIFACT, stage, version=name, message=message, **who)
+        git(self.root, "update-ref", "-d", HOLDING_REF)
+        return self.stage_tag(stage)
+
+    def identity(self) -> tuple[str, str]:
+        """The name and the e-mail address that git signs with here."""
+        name, email = git(self.root, "var", "GIT_COMMITTER_IDENT").rsplit(">", 1)[0].split(" <", 1)
+        return name, email
+
+    def stage_tag(self, stage: str) -> str:
+        """The newest tag of a stage: sentiment#production#N with the highest N."""
+        tags = git(self.root, "tag", "--list", f"{ARTIFACT}#{stage}#*").split()
+        return max(tags, key=lambda tag: int(tag.rsplit("#", 1)[1]))
+
+    def wait_for_a_new_second(self) -> None:
+        """Git dates tags by the second, and gto and DVC order a stage's turns by date: let no two share one."""
+        dates = git(self.root, "for-each-ref", "--format=%(taggerdate:unix)", f"refs/tags/{ARTIFACT}#*").split()
+        newest = max(map(int, dates), default=0)
+        while newest <= time.time() < newest + 1:
+            time.sleep(0.05)
+
+    def snapshot(self, workspace: Path, message: str) -> str:
+        """Commit HEAD's tree with the tracked changes, dvc.lock and metrics/ on top, by a temporary index; returns its hash.
+
+        The parent is HEAD; no branch moves. A workspace that is a repository of its own (`--temp`, `--queue`) hands the
+        commit over to the repository of the tags.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+            git(workspace, "read-tree", "HEAD", **index)
+            git(workspace, "add", "--update", ".", **index)
+            there = [name for name in ("dvc.lock", "metrics") if (workspace / name).exists()]
+            git(workspace, "add", "--", *there, **index)
+            tree = git(workspace, "write-tree", **index)
+        name, email = self.identity()
+        who = {"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_COMMITTER_NAME": name, "GIT_COMMITTER_EMAIL": email}
+        commit = git(workspace, "commit-tree", tree, "-p", "HEAD", "-m", message, **who)
+        if Path(git(workspace, "rev-parse", "--show-toplevel")).resolve() != self.root.resolve():
+            git(workspace, "update-ref", HOLDING_REF, commit)
+            git(self.root, "fetch", "--quiet", "--no-tags", str(workspace), f"+{HOLDING_REF}:{HOLDING_REF}")
+        return commit
+
+
+def number(version: Version) -> tuple[int, ...]:
+    """A version's numbers, to sort by: (1, 0, 0) for v1.0.0."""
+    return tuple(int(part) for part in version.name.removeprefix("v").split("-")[0].split("."))
+
+
+def resolve(name: str, start: Path = Path()) -> tuple[str, Path]:
+    """The version's name and model folder for `production` (or any stage), a version, or a folder (its path as its name)."""
+    if Path(name).is_dir():
+        return name, Path(name)
+    registry = Registry(find_repository(start))
+    version = registry.find(name)
+    return version.name, registry.folder(version)
+

@@ -1,0 +1,162 @@
+"""Compare the model with the one in production on the same test reviews, and promote it if it is better.
+
+From: models/sentiment, metrics/test.json, data/predictions/test.parquet, data/prepared/test.parquet, git's tags
+To:   metrics/promotion.json; with a promotion also a snapshot commit and two git tags (see sentiment/registry.py)
+Run:  python -m stages.promote
+"""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sentiment import metrics, params
+from sentiment.errors import ParamsError, RegistryError
+from sentiment.files import read_json, write_json
+from sentiment.logs import run_stage
+from sentiment.registry import ARTIFACT, Registry, Version, find_repository
+
+SCORES = Path("metrics/test.json")
+PREDICTIONS = Path("data/predictions/test.parquet")
+PREPARED = Path("data/prepared/test.parquet")
+DECISION = Path("metrics/promotion.json")
+NOT_FOR_PROMOTION = ("reviews", "loss")
+log = logging.getLogger("stages.promote")
+
+
+def main() -> None:
+    settings = params.load()
+    candidate = pd.read_parquet(PREDICTIONS)
+    names = list(settings.prepare.labels)
+    scores = read_json(SCORES)
+    check_metric(settings.promote.metric, rescore(candidate, names))
+    try:
+        registry = Registry(find_repository(Path()))
+        with registry.lock():
+            decision = decide(registry, candidate, scores, names, settings)
+            if decision["verdict"] == "promoted":
+                decision = promote(registry, decision, settings.promote.stage)
+    except RegistryError as error:
+        decision = {"verdict": "blocked", "reason": str(error), "retry": "dvc repro --force --single-item promote"}
+        log.warning("no promotion: %s; then: %s", error, decision["retry"], exc_info=True)
+    write_json(DECISION, decision)
+    log.info("%s: %s", decision["verdict"], decision["reason"])
+
+
+def check_metric(metric: str, known: dict[str, float]) -> None:
+    """Raise ParamsError unless promote.metric is one that grows as the model gets better."""
+    allowed = [name for name in known if name not in NOT_FOR_PROMOTION]
+    if metric not in allowed:
+        raise ParamsError(f"promote.metric is {metric}, which is none of: {', '.join(allowed)}")
+
+
+def rescore(predictions: pd.DataFrame, names: list[str]) -> dict[str, float]:
+    """The metrics of a table of predictions (see stages/evaluate.py), the classes in the order of `names`."""
+    index = {name: k for k, name in enumerate(names)}
+    values = predictions[[f"probability_{name}" for name in names]].to_numpy()
+    chosen, labels = (predictions[column].map(index).to_numpy() for column in ("prediction", "label"))
+    return metrics.score(values, chosen, labels, names)
+
+
+def decide(
+    registry: Registry, candidate: pd.DataFrame, scores: dict[str, Any], names: list[str], settings: params.Params
+) -> dict[str, Any]:
+    """What metrics/promotion.json says: the verdict (promoted or kept), the reason, and each gate with value and bound."""
+    metric, rules = settings.promote.metric, settings.promote
+    version = registry.in_stage(rules.stage)
+    rival, compared_on = production_score(registry, version, candidate, names, metric) if version else (None, None)
+    value = rescore(candidate, names)[metric]
+    gates = [gate("f1_macro above promote.min_f1", scores["f1_macro"], rules.min_f1, scores["f1_macro"] > rules.min_f1)]
+    if rival is not None:
+        better = value - rival > rules.min_delta
+        gates.append(gate(f"{metric} gained over production, above promote.min_delta", value - rival, rules.min_delta, better))
+    promoted = all(each["passed"] for each in gates)
+    return {
+        "verdict": "promoted" if promoted else "kept",
+        "reason": reason(gates, metric, value, rival, version, promoted),
+        "metric": metric,
+        "candidate": round(value, 6),
+        "production": None if rival is None else round(rival, 6),
+        "production_version": version.name if version else None,
+        "compared_on": compared_on,
+        "test_reviews": len(candidate),
+        "gates": gates,
+        "version": registry.next_version() if promoted else None,
+    }
+
+
+def gate(name: str, value: float, bound: float, passed: bool) -> dict[str, Any]:
+    """One condition of a promotion."""
+    return {"gate": name, "value": round(float(value), 6), "bound": bound, "passed": bool(passed)}
+
+
+def production_score(
+    registry: Registry, version: Version, candidate: pd.DataFrame, names: list[str], metric: str
+) -> tuple[float, str]:
+    """The metric of the production model on the candidate's test reviews, and how it was had.
+
+    By the predictions stored with it if they are of the same reviews, else by scoring the production model on them. Raises
+    RegistryError if it tells other classes, or if neither is to be had.
+    """
+    stored = pd.read_parquet(io.BytesIO(registry.read(version, str(PREDICTIONS))))
+    told = [name.removeprefix("probability_") for name in stored if name.startswith("probability_")]
+    if set(told) != set(names):
+        raise RegistryError(
+            f"{version.tag} in production tells {', '.join(told)}, and this model {', '.join(names)}: they cannot be compared; "
+            f"give this model another promote.stage, or take production's turn back: gto unassign {ARTIFACT} --version "
+            f"{version.name} --stage STAGE"
+        )
+    same = [frame.sort_values("review_id")[["review_id", "label"]].to_numpy() for frame in (stored, candidate)]
+    if same[0].shape == same[1].shape and (same[0] == same[1]).all():
+        return rescore(stored, names)[metric], "predictions stored with the production model"
+    log.info("%s was tested on other reviews: it is scored on this test split", version.tag)
+    return rescore(predict(registry.folder(version), candidate, names), names)[metric], "production model scored on this test"
+
+
+def predict(folder: Path, candidate: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """A table of predictions of the model in `folder` for the candidate's test reviews."""
+    from sentiment.classifier import Classifier
+
+    classifier = Classifier.load(folder)
+    texts = pd.read_parquet(PREPARED, columns=["review_id", "text"]).set_index("review_id")["text"]
+    values = classifier.probabilities(texts.loc[candidate["review_id"]].tolist())
+    columns = {f"probability_{name}": values[:, classifier.labels.index(name)] for name in names}
+    chosen = np.array(classifier.labels, dtype=object)[classifier.decide(values)]
+    return pd.DataFrame({"label": candidate["label"], "prediction": chosen, **columns})
+
+
+def reason(
+    gates: list[dict[str, Any]], metric: str, value: float, rival: float | None, version: Version | None, promoted: bool
+) -> str:
+    """The verdict in one sentence."""
+    if not promoted:
+        failed = next(each for each in gates if not each["passed"])
+        against = f" ({metric} {value:.4f} against {rival:.4f} of {version.name})" if version and rival is not None else ""
+        return f"{failed['gate']}: {failed['value']:.4f}, which is not above {failed['bound']:.4f}{against}"
+    if version is None or rival is None:
+        return f"nothing was in production, and {metric} is {value:.4f}"
+    return f"{metric} {value:.4f} is better than {rival:.4f} of {version.name}"
+
+
+def promote(registry: Registry, decision: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Write the decision, so that the snapshot holds it, then make the tags; returns the decision with the stage's tag."""
+    registry.check_writable()
+    write_json(DECISION, decision)
+    tag = registry.promote(Path(), decision["version"], stage, message(decision))
+    return decision | {"tag": tag}
+
+
+def message(decision: dict[str, Any]) -> str:
+    """The tags' message: the reason, and each gate with its value, bound and verdict."""
+    lines = [
+        f"- {each['gate']}: {each['value']:.4f} (bound {each['bound']:.4f}), {'passed' if each['passed'] else 'failed'}"
+        for each in decision["gates"]
+    ]
+    return "\n".join([f"{ARTIFACT} {decision['version']}: {decision['reason']}", "", *lines])
+
+
+if __name__ == "__main__":
+    run_stage("promote", main)
