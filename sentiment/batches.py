@@ -49,8 +49,3 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int) -> dict[str, np.ndarr
     input_ids[mask] = tokens.input_ids[positions]
     return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "labels": tokens.labels[rows].astype(np.int64)}
 
-
-def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
-    """Share of the computed tokens that are padding."""
-    computed = sum(int(widths(lengths[rows]).max()) * len(rows) for rows in batches)
-    return 1 - float(lengths.sum()) / max(1, computed)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sentiment.batches import LENGTH_STEP
+from sentiment.classifier import no_progress_bars
 from sentiment.errors import CheckpointError
 from sentiment.logs import first_line
 from sentiment.params import Model
@@ -124,6 +125,7 @@ def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max
     Draws from torch's global generator: seed it first. Raises CheckpointError if the checkpoint cannot be loaded or takes
     no sequence of `max_length` tokens.
     """
+    no_progress_bars()
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
     if settings.checkpoint is None:
         return small_bert(settings, names, tokenizer, max_length)

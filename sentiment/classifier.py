@@ -57,6 +57,7 @@ class Classifier:
             raise CheckpointError(f"{folder} holds no model of this project (no inference.json); train one: `dvc repro train`")
         from transformers import AutoModelForSequenceClassification
 
+        no_progress_bars()
         where = pick_device(device)
         try:
             inference = Inference(**read_json(folder / "inference.json"))
@@ -89,6 +90,13 @@ class Classifier:
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """The class index of each row, by the model's own threshold: int64 [texts]."""
         return calibration.decide(probabilities, self.inference.threshold)
+
+
+def no_progress_bars() -> None:
+    """Keep transformers from drawing a bar for each file that it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def pick_device(name: str) -> "torch.device":

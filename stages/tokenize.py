@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sentiment import checkpoint, params, tokens
-from sentiment.batches import by_length, padding_share
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
 from sentiment.tokens import Tokens
@@ -61,7 +60,6 @@ def read(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
 def count(split: Tokens, unknown: int | None, max_length: int) -> dict[str, float]:
     """What metrics/tokens.json says of a split; shares are between 0 and 1."""
     lengths = split.lengths
-    padding = padding_share(lengths, by_length(lengths, max(8192, max_length)))
     return {
         "reviews": len(split),
         "tokens": int(lengths.sum()),
@@ -69,7 +67,6 @@ def count(split: Tokens, unknown: int | None, max_length: int) -> dict[str, floa
         "tokens_p95": float(np.percentile(lengths, 95)),
         "unknown_share": round(float((split.input_ids == unknown).mean()), 6) if unknown is not None else 0.0,
         "truncated_share": round(float((lengths == max_length).mean()), 6),
-        "padding_share_by_length": round(padding, 4),
         "padding_share_at_512": round(1 - float(lengths.mean()) / 512, 4),
     }
 
