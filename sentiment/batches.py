@@ -48,4 +48,3 @@ def collate(tokens: Tokens, rows: np.ndarray, pad_id: int) -> dict[str, np.ndarr
     input_ids = np.full((len(rows), width), pad_id, np.int64)
     input_ids[mask] = tokens.input_ids[positions]
     return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "labels": tokens.labels[rows].astype(np.int64)}
-

@@ -47,5 +47,5 @@ def read_json(path: str | Path) -> Any:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,13 @@ def setup(name: str, folder: Path = Path("logs"), console: bool = True) -> Path:
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """A stream handler that leaves traces to the file: the console gets one clear sentence."""
+    """Lines above a progress bar, if there is one; traces are left to the file: the console gets one clear sentence."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         trace, record.exc_info, record.exc_text = record.exc_info, None, None
@@ -51,8 +58,11 @@ def guarded(name: str, main: Callable[[], None], log_file: Path) -> int:
         with timed(logger, name):
             main()
     except KeyboardInterrupt:
-        logger.error("interrupted; `dvc repro` goes on from here")
+        logger.error("interrupted")
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ProjectError as error:
         logger.error("%s", error, exc_info=True)
         return 1
@@ -60,9 +70,7 @@ def guarded(name: str, main: Callable[[], None], log_file: Path) -> int:
         if is_disk_full(error):
             logger.error("no space is left on the disk; free some, then run `dvc repro` again", exc_info=True)
         else:
-            logger.error(
-                "%s: %s; the whole trace is in %s", type(error).__name__, first_line(error), log_file, exc_info=True
-            )
+            logger.error("%s: %s; the whole trace is in %s", type(error).__name__, first_line(error), log_file, exc_info=True)
         return 1
     return 0
 

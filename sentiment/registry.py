@@ -224,4 +224,3 @@ def resolve(name: str, start: Path = Path()) -> tuple[str, Path]:
     registry = Registry(find_repository(start))
     version = registry.find(name)
     return version.name, registry.folder(version)
-

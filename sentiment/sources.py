@@ -94,7 +94,8 @@ def tables(path: Path, kind: str) -> Iterator[pa.Table]:
     if kind == "parquet":
         yield from parquet_tables(path)
         return
-    numbered, columns = rows(path, kind), {}
+    numbered = rows(path, kind)
+    columns: dict[str, None] = {}
     while chunk := list(islice(numbered, CHUNK_ROWS)):
         columns = columns or {name: None for _, row in chunk for name in row}
         for line, row in chunk:
@@ -174,9 +175,7 @@ def csv_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
         if values is None:
             return
         if values and len(values) != len(columns):
-            raise DataError(
-                f"{name}, line {start}: {len(values)} fields where the header has {len(columns)}; mend that line"
-            )
+            raise DataError(f"{name}, line {start}: {len(values)} fields where the header has {len(columns)}; mend that line")
         if values:
             yield start, dict(zip(columns, values, strict=True))
         start = reader.line_num + 2

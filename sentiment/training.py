@@ -89,7 +89,7 @@ def native_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # type: ignore[attr-defined]
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if native else "fp32"
     return "fp32"
 
@@ -197,6 +197,7 @@ class Loop:
                 start = self.count_time(start)
                 self.save()
             if self.interrupted:
+                log.warning("stopped with a checkpoint at step %d; `dvc repro` goes on from there", progress.step)
                 raise KeyboardInterrupt
         start = self.count_time(start)
         self.validate(len(steps))
@@ -246,9 +247,10 @@ class Loop:
         lengths = np.concatenate(window.lengths)
         flops = step_flops(self.base, lengths) / seconds / self.accelerator.num_processes
         share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
+        padding = 100 * (1 - lengths.sum() / window.computed)
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  %.0f tokens/s  padding %.1f%%  %s",
-            progress.step, self.total, loss, learning_rate, lengths.sum() / seconds, 100 * (1 - lengths.sum() / window.computed), share,
+            progress.step, self.total, loss, learning_rate, lengths.sum() / seconds, padding, share,
         )  # fmt: skip
         self.point({"train/loss": loss, "train/lr": learning_rate})
         self.window = Window(self.device)

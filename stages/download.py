@@ -32,7 +32,12 @@ def main() -> None:
         fetched = sources.fetch(settings.source, Path(folder))
         check_sha256(settings, fetched)
         licence = settings.licence or stated_licence(settings.source)
-        facts = {"source": settings.source, "sha256": fetched.sha256, "bytes": fetched.bytes, "licence": licence}
+        facts: dict[str, str | int] = {
+            "source": settings.source,
+            "sha256": fetched.sha256,
+            "bytes": fetched.bytes,
+            "licence": licence,
+        }
         rows = store(fetched.path, sources.file_format(settings.source), part, facts)
     log.info("%d rows, %d bytes, sha256 %s, licence %s", rows, fetched.bytes, fetched.sha256, licence)
 

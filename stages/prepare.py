@@ -35,7 +35,7 @@ def main() -> None:
     settings = params.load().prepare
     raw, facts = read(RAW, settings)
     reviews = describe(raw, settings)
-    reasons = reject(reviews, settings)
+    reasons = reject(reviews)
     kept = reviews[reasons.isna()]
     check_splits(kept, settings)
     metrics = facts | count(reviews, reasons, kept, settings)
@@ -115,7 +115,7 @@ def split(groups: pd.Series, keys: pd.Series, settings: params.Prepare) -> pd.Se
     return pd.Series(held_out, names.index, dtype="string")
 
 
-def reject(reviews: pd.DataFrame, settings: params.Prepare) -> pd.Series:
+def reject(reviews: pd.DataFrame) -> pd.Series:
     """Why each row is left out: empty_text, no_rating, unmapped_rating, conflicting or duplicate; missing if it is kept.
 
     Of several copies of a text the one of a test product stays, then one of a validation product, then the first:
@@ -126,7 +126,7 @@ def reject(reviews: pd.DataFrame, settings: params.Prepare) -> pd.Series:
     reasons[reviews["rating"].isna()] = "no_rating"
     reasons[reviews["text"] == ""] = "empty_text"
     rest = reviews[reasons.isna()]
-    conflicting = rest.groupby("key")["label"].transform("nunique") > 1
+    conflicting = rest.groupby("key")["label"].transform("nunique").gt(1)
     reasons[conflicting[conflicting].index] = "conflicting"
     rest = rest[~conflicting]
     order = rest["split"].map({name: k for k, name in enumerate(SPLITS)}).sort_values(kind="stable").index
@@ -152,11 +152,11 @@ def check_splits(kept: pd.DataFrame, settings: params.Prepare) -> None:
 
 def shared(kept: pd.DataFrame, column: str) -> int:
     """How many values of a column stand in more than one split."""
-    return int((kept.dropna(subset=[column]).groupby(column)["split"].nunique() > 1).sum())
+    return int(kept.dropna(subset=[column]).groupby(column)["split"].nunique().gt(1).sum())
 
 
 def count(reviews: pd.DataFrame, reasons: pd.Series, kept: pd.DataFrame, settings: params.Prepare) -> dict:
-    """What metrics/data.json says beside the facts of the source: rows in, rejected by reason, reviews by split and class, words a review."""
+    """What metrics/data.json says beside the source's facts: rows, rejected by reason, reviews by split and class, words."""
     names = list(settings.labels)
     words = kept["text"].str.split().str.len()
     return {

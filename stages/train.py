@@ -40,9 +40,7 @@ def main() -> None:
     tokenizer = load_tokenizer(TOKENS / "tokenizer", settings.tokenize.max_length)
     training.seed(settings.train.seed)
     with timed(log, "loading the model"):
-        model = checkpoint.load_model(
-            settings.model, list(settings.prepare.labels), tokenizer, settings.tokenize.max_length
-        )
+        model = checkpoint.load_model(settings.model, list(settings.prepare.labels), tokenizer, settings.tokenize.max_length)
     describe(model, splits, settings)
     with Live(str(LIVE), save_dvc_exp=False, dvcyaml=None, monitor_system=False) as live:
         pad_id = tokenizer.token_to_id("[PAD]") or 0
@@ -92,9 +90,7 @@ def show(live: Live, step: int, values: dict[str, float]) -> None:
         live.log_metric(name, value)
 
 
-def save(
-    model: Any, validation: Tokens, settings: params.Params, result: training.Result, started: datetime
-) -> None:
+def save(model: Any, validation: Tokens, settings: params.Params, result: training.Result, started: datetime) -> None:
     """Write the model folder, whole or not at all: weights, tokenizer, what was fitted on validation, metadata, card."""
     with atomic(MODEL) as part:
         model.save_pretrained(part)
@@ -125,9 +121,7 @@ def fit(classifier: Classifier, validation: Tokens, settings: params.Params) -> 
     return scores, Inference(fixed.max_length, fixed.lowercase, fixed.text, temperature, threshold)
 
 
-def describe_run(
-    settings: params.Params, result: training.Result, scores: dict[str, float], started: datetime
-) -> dict[str, Any]:
+def describe_run(settings: params.Params, result: training.Result, scores: dict[str, float], started: datetime) -> dict[str, Any]:
     """What metadata.json says of how the model came to be."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,221 @@
+"""Score a file of reviews with a promoted model: label, score and probabilities as added columns, the order kept.
+
+Run: python -m sentiment.predict reviews.csv --output scored.csv
+     python -m sentiment.predict reviews.parquet --output scored.parquet --model v1.0.0
+     python -m sentiment.predict - < one_review_a_line.txt
+
+INPUT is a CSV, Parquet, JSON-lines or text file (one review a line), or - for lines on standard input; OUT is CSV, Parquet or
+JSON-lines by its name, or - for JSON-lines on standard output. Memory does not grow with the file. Rows without text get no
+label.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from sentiment import sources, text
+from sentiment.classifier import Classifier
+from sentiment.errors import DataError
+from sentiment.files import atomic
+from sentiment.logs import run_stage
+from sentiment.registry import resolve
+from sentiment.sources import Row
+
+CHUNK_ROWS = 4096
+STANDARD = "-"
+WriteRows = Callable[[list[Row]], None]
+log = logging.getLogger("sentiment.predict")
+
+
+class Reviews(NamedTuple):
+    """What there is to score: its rows with their lines, its format, and for Parquet its schema and number of rows."""
+
+    rows: Iterator[tuple[int, Row]]
+    format: str
+    schema: pa.Schema | None = None
+    total: int | None = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    kind = "jsonl" if options.output == STANDARD else sources.file_format(options.output)
+    if kind == "text":
+        raise DataError(f"{options.output} would hold no columns; name the output .csv, .jsonl or .parquet")
+    reviews = read(options.input)
+    name, folder = resolve(options.model)
+    classifier = Classifier.load(folder, options.device)
+    log.info("model %s (%s) on %s", name, ", ".join(classifier.labels), classifier.device)
+    columns = options.text or (["text"] if reviews.format == "text" else classifier.inference.text)
+    done = 0
+    with writer(options.output, kind, schema(reviews, classifier)) as write, bar(reviews.total) as progress:
+        while chunk := list(islice(reviews.rows, CHUNK_ROWS)):
+            write(score(chunk, columns, classifier))
+            done += len(chunk)
+            progress.update(len(chunk))
+    log.info("%d reviews scored to %s", done, "standard output" if options.output == STANDARD else options.output)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, details = (__doc__ or "").partition("\n")
+    made = argparse.ArgumentParser(
+        prog="python -m sentiment.predict",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("input", metavar="INPUT", help="a .csv, .parquet, .jsonl or .txt file, or - for standard input")
+    made.add_argument("--output", metavar="OUT", default=STANDARD, help="a .csv, .parquet or .jsonl file (default: -)")
+    made.add_argument("--model", default="production", help="production, a version (v1.0.0), or a folder (default: production)")
+    made.add_argument("--text", nargs="+", metavar="COLUMN", help="columns to read (default: those of the model's training)")
+    made.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    return made
+
+
+def read(name: str) -> Reviews:
+    """The reviews of a file, or of standard input's lines."""
+    if name == STANDARD:
+        return Reviews(sources.parse(sys.stdin.buffer, "text", "standard input"), "text")
+    path, kind = Path(name), sources.file_format(name)
+    if not path.is_file():
+        raise DataError(f"{name} is no file; give one that exists, or - for standard input")
+    if kind != "parquet":
+        return Reviews(sources.rows(path, kind), kind)
+    try:
+        metadata = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{name} is no whole Parquet file ({error}); fetch it again") from error
+    return Reviews(sources.rows(path, kind), kind, metadata.schema_arrow, metadata.metadata.num_rows)
+
+
+def added(classifier: Classifier) -> list[str]:
+    """The names of the columns that are added."""
+    return ["sentiment", "score", *(f"probability_{label}" for label in classifier.labels)]
+
+
+def schema(reviews: Reviews, classifier: Classifier) -> pa.Schema | None:
+    """The output's Arrow schema where the input has one."""
+    if reviews.schema is None:
+        return None
+    kept = [column for column in reviews.schema if column.name not in added(classifier)]
+    new = [pa.field(name, pa.string() if name == "sentiment" else pa.float64()) for name in added(classifier)]
+    return pa.schema(kept + new)
+
+
+def score(chunk: list[tuple[int, Row]], columns: list[str], classifier: Classifier) -> list[Row]:
+    """The rows with the added columns (null where there is no text); raises DataError if a text column is not there."""
+    texts = []
+    for line, row in chunk:
+        if missing := [name for name in columns if name not in row]:
+            raise DataError(f"row {line} has no column {', '.join(missing)}; it has {', '.join(row)}: name one with --text")
+        texts.append(text.join([None if row[name] is None else str(row[name]) for name in columns]))
+    with_text = [index for index, value in enumerate(texts) if value]
+    results: list[list[Any]] = [[None] * len(added(classifier))] * len(texts)
+    if with_text:
+        values = classifier.probabilities([texts[index] for index in with_text])
+        chosen = classifier.decide(values)
+        for index, row_values, k in zip(with_text, values.tolist(), chosen.tolist(), strict=True):
+            results[index] = [classifier.labels[k], row_values[k], *row_values]
+    names = added(classifier)
+    return [row | dict(zip(names, result, strict=True)) for (_, row), result in zip(chunk, results, strict=True)]
+
+
+@contextmanager
+def writer(name: str, kind: str, arrow: pa.Schema | None) -> Iterator[WriteRows]:
+    """A function that writes rows to a file, which appears whole or not at all, or to standard output."""
+    if name == STANDARD:
+        yield json_lines(sys.stdout)
+        return
+    with atomic(name) as part:
+        if kind == "parquet":
+            with Parquet(part, arrow) as table:
+                yield table.write
+            if table.writer is None:
+                raise DataError("the input holds no reviews; check that the file is the one you mean")
+        else:
+            with part.open("w", encoding="utf-8", newline="") as file:
+                yield json_lines(file) if kind == "jsonl" else csv_lines(file)
+
+
+def json_lines(file: Any) -> WriteRows:
+    """Writes rows as JSON, one a line; what JSON has no form for (dates) as a string."""
+
+    def write(rows: list[Row]) -> None:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+    return write
+
+
+def csv_lines(file: Any) -> WriteRows:
+    """Writes rows as CSV, the header before the first."""
+    made: list[csv.DictWriter] = []
+
+    def write(rows: list[Row]) -> None:
+        if not made:
+            made.append(csv.DictWriter(file, columns_of(rows), lineterminator="\n"))
+            made[0].writeheader()
+        check_columns(rows, made[0].fieldnames)
+        made[0].writerows(rows)
+
+    return write
+
+
+class Parquet:
+    """Writes rows to a Parquet file, by the given schema or by that of the first rows."""
+
+    def __init__(self, path: Path, arrow: pa.Schema | None) -> None:
+        self.path, self.schema = path, arrow
+        self.writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def write(self, rows: list[Row]) -> None:
+        """Write some rows."""
+        if self.schema is None:
+            columns = columns_of(rows)
+            self.schema = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]).schema
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.path, self.schema, compression="zstd")
+        check_columns(rows, self.schema.names)
+        try:
+            self.writer.write_table(pa.Table.from_pylist(rows, self.schema))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"a value does not fit its column's type ({error}); write .jsonl or .csv instead") from error
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """All columns that some rows have, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def check_columns(rows: list[Row], known: Iterable[Any]) -> None:
+    """Raise DataError for a row with a column that the output has not."""
+    names = set(known)
+    for row in rows:
+        if new := row.keys() - names:
+            raise DataError(f"column {min(new)} is in none of the first {CHUNK_ROWS} rows; write .jsonl instead")
+
+
+def bar(total: int | None) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(total=total, unit="reviews", disable=not sys.stderr.isatty(), leave=False)
+
+
+if __name__ == "__main__":
+    run_stage("predict", main)
