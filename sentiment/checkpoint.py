@@ -54,6 +54,15 @@ def failure(settings: Model, error: Exception) -> CheckpointError:
     )
 
 
+def commit(settings: Model) -> str | None:
+    """The commit of the Hub that the checkpoint's files are of, or None for a folder or a BERT from scratch."""
+    if settings.checkpoint is None or Path(settings.checkpoint).is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(settings.checkpoint, "config.json", revision=settings.revision)).parent.name
+
+
 def save_tokenizer(settings: Model, texts: Sequence[str], folder: Path) -> None:
     """Write the tokenizer to `folder` in the Hub's layout: the checkpoint's own, or one learnt from `texts`.
 

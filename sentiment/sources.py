@@ -129,7 +129,7 @@ def rows(path: Path, kind: str) -> Iterator[tuple[int, Row]]:
             lines = table.column(LINE_COLUMN).to_pylist()
             yield from zip(lines, table.drop_columns([LINE_COLUMN]).to_pylist(), strict=True)
         return
-    opener = gzip.open if path.name.endswith(".gz") else open
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(path, "rb") as file:
         yield from parse(file, kind, str(path))
 
@@ -160,6 +160,8 @@ def decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
 def csv_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
     """Rows of a CSV file with a header, separated by whichever of `,` `;` `|` and tab its header has most of."""
     header = next(lines, "")
+    if not header.strip():
+        raise DataError(f"{name} is empty; check that the file is the one you mean")
     delimiter = max(",;|\t", key=header.count)
     csv.field_size_limit(1 << 24)
     columns = next(csv.reader([header], delimiter=delimiter), [])

@@ -101,8 +101,8 @@ def save(model: Any, validation: Tokens, settings: params.Params, result: traini
         scores, inference = fit(Classifier.load(part, settings.train.device), validation, settings)
         inference.save(part)
         metadata = describe_run(settings, result, scores, started) | {
-            "parameters_count": model.num_parameters(), "commit": getattr(model.config, "_commit_hash", None),
-        }  # fmt: skip
+            "parameters_count": model.num_parameters(),
+        }
         write_json(part / "metadata.json", metadata)
         (part / "README.md").write_text(card.write(metadata), encoding="utf-8")
     log.info("validation, calibrated: macro-F1 %.4f, loss %.4f", scores["f1_macro"], scores["loss"])
@@ -127,7 +127,11 @@ def describe_run(settings: params.Params, result: training.Result, scores: dict[
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "started": started.isoformat(timespec="seconds"),
         "training_seconds": round(result.seconds, 2),
-        "base": {"checkpoint": settings.model.checkpoint, "revision": settings.model.revision},
+        "base": {
+            "checkpoint": settings.model.checkpoint,
+            "revision": settings.model.revision,
+            "commit": checkpoint.commit(settings.model),
+        },
         "labels": list(settings.prepare.labels),
         "data": read_json(DATA),
         "validation": scores,

@@ -1,0 +1,62 @@
+"""Temperature and threshold: found where they were put, and no better one to be had."""
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.metrics import f1_score, log_loss
+
+from sentiment.calibration import decide, fit_temperature, fit_threshold, probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_known_temperature_is_found_again(temperature, classes):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 2, (20_000, classes)) * temperature
+    labels = (softmax(logits / temperature, axis=1).cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(temperature, rel=0.05)
+    losses = [log_loss(labels, probabilities(logits, found * factor)) for factor in (0.95, 1.0, 1.05)]
+    assert losses[1] == min(losses)
+
+
+def test_probabilities_sum_to_one_and_temperature_only_spreads_them():
+    logits = np.random.default_rng(2).normal(0, 30, (50, 3)).astype(np.float32)
+    cold, hot = probabilities(logits, 0.5), probabilities(logits, 4.0)
+    for values in (cold, hot):
+        assert values.dtype == np.float64
+        np.testing.assert_allclose(values.sum(axis=1), 1)
+        np.testing.assert_array_equal(values.argmax(axis=1), logits.argmax(axis=1))
+    assert (cold.max(axis=1) >= hot.max(axis=1)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("digits", [1, 9])
+def test_no_threshold_has_a_better_macro_f1(seed, digits):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(80) < 0.8).astype(int)
+    positive = np.clip(rng.normal(0.5 + 0.2 * labels, 0.2), 0, 1).round(digits)
+    values = np.stack([1 - positive, positive], axis=1)
+    every = np.concatenate([positive, positive + 1e-12, [0.0, 1.0]])
+    best = max(f1_score(labels, positive >= threshold, average="macro", zero_division=0) for threshold in every)
+    found = decide(values, fit_threshold(values, labels))
+    assert f1_score(labels, found, average="macro", zero_division=0) == pytest.approx(best)
+
+
+def test_of_equally_good_thresholds_it_is_one_between_the_classes():
+    positive = np.array([0.1, 0.2, 0.6, 0.9])
+    found = fit_threshold(np.stack([1 - positive, positive], axis=1), np.array([0, 0, 1, 1]))
+    assert found == pytest.approx(0.4)
+
+
+def test_three_classes_have_no_threshold():
+    assert fit_threshold(np.full((6, 3), 1 / 3), np.array([0, 1, 2] * 2)) is None
+
+
+def test_the_threshold_itself_is_positive():
+    values = np.array([[0.71, 0.29], [0.7, 0.3], [0.4, 0.6]])
+    assert decide(values, 0.3).tolist() == [0, 1, 1]
+
+
+def test_without_a_threshold_the_likeliest_class_is_the_answer():
+    assert decide(np.array([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.4, 0.3, 0.3]]), None).tolist() == [1, 2, 0]

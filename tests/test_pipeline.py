@@ -1,0 +1,101 @@
+"""The whole pipeline by `dvc repro` and `dvc exp run`, with a tiny model and a small source."""
+
+import json
+
+import pytest
+from ruamel.yaml import YAML
+
+STAGES = ["download", "prepare", "tokenize", "train", "evaluate", "promote"]
+UP_TO_DATE = "Data and pipelines are up to date."
+
+
+@pytest.fixture
+def trained(trained_project, tmp_path, copy_of):
+    """The project after one `dvc repro`, for this test alone."""
+    return copy_of(trained_project, tmp_path / "project")
+
+
+def pipeline(repository):
+    return YAML(typ="safe").load(repository.path / "dvc.yaml")
+
+
+def files(folder):
+    """The content of all files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_one_command_runs_every_stage_and_promotes_the_model(trained_project):
+    places = [trained_project.first_run.find(f"Running stage '{name}'") for name in STAGES]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert trained_project.decision()["verdict"] == "promoted"
+    assert trained_project.tags() == {"sentiment@v1.0.0", "sentiment#production#1"}
+
+
+@pytest.mark.slow
+def test_a_second_run_has_nothing_to_do(trained):
+    done = trained.run("dvc", "repro")
+    assert UP_TO_DATE in done.stdout
+    assert "Running stage" not in done.stdout
+    assert trained.git("status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_a_run_leaves_no_file_that_git_neither_tracks_nor_ignores(trained_project):
+    assert trained_project.git("show", "--diff-filter=A", "--name-only", "--format=", "HEAD") == ""
+
+
+@pytest.mark.slow
+def test_every_metrics_file_is_there_and_metrics_stay_small(trained_project):
+    stages = pipeline(trained_project)["stages"].values()
+    names = [name for stage in stages for each in stage.get("metrics", []) for name in each]
+    assert len(names) == 5
+    for name in names:
+        assert json.loads((trained_project.path / name).read_text(encoding="utf-8"))
+    assert sum(map(len, files(trained_project.path / "metrics").values())) < 200_000
+
+
+@pytest.mark.slow
+def test_every_plot_is_drawn_from_data_that_is_there(trained):
+    done = trained.run("dvc", "plots", "show", "--out", "drawn")
+    page = (trained.path / "drawn" / "index.html").read_text(encoding="utf-8")
+    plots = pipeline(trained)["plots"]
+    assert "failed" not in done.stderr.lower()
+    assert len(plots) == 8
+    for plot in plots:
+        (name,) = plot
+        assert f'"{name}"' in page
+        for path in plot[name]["y"]:
+            assert (trained.path / path).stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("train.lr=abc", "train.lr must be a valid number (it is 'abc')"),
+        ("train.lr=-1", "train.lr must be greater than 0 (it is -1)"),
+        ("train.lrr=1", "train.lrr is not a parameter"),
+    ],
+)
+def test_a_wrong_parameter_stops_the_run_by_its_name_and_leaves_the_model(trained, setting, says):
+    before = files(trained.path / "models" / "sentiment")
+    add = "+" if "lrr" in setting else ""
+    done = trained.run("dvc", "exp", "run", "--set-param", f"{add}{setting}", check=False)
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert files(trained.path / "models" / "sentiment") == before
+
+
+@pytest.mark.slow
+def test_a_changed_source_runs_the_pipeline_again(trained):
+    source = trained.path / "data" / "sample" / "reviews.csv"
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    source.write_text("".join(lines[:-5]), encoding="utf-8")
+    rows = json.loads((trained.path / "metrics" / "data.json").read_text(encoding="utf-8"))["rows"]
+    done = trained.run("dvc", "repro", "prepare")
+    assert "Running stage 'download'" in done.stdout
+    assert "Running stage 'prepare'" in done.stdout
+    assert json.loads((trained.path / "metrics" / "data.json").read_text(encoding="utf-8"))["rows"] == rows - 5

@@ -1,0 +1,80 @@
+"""The text as the model sees it, and what makes two texts the same."""
+
+import random
+import unicodedata
+
+import pytest
+
+from sentiment import text
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("Chegou  antes\n do\tprazo ", "Chegou antes do prazo"),
+        ("na\u0303o gostei", "não gostei"),  # NFD becomes NFC
+        ("ótimo\u00a0produto\u2028mesmo", "ótimo produto mesmo"),
+        ("veio\x00quebrado\x1b", "veio quebrado"),
+        ("\ufeffbom", "bom"),
+        ("lindo \ud83d demais", "lindo demais"),  # half of an emoji
+        (" \u200b\r\n", ""),
+        ("", ""),
+    ],
+)
+def test_blanks_and_control_characters_become_one_space(raw, cleaned):
+    assert text.clean(raw) == cleaned
+
+
+@pytest.mark.parametrize("raw", ["Adorei 👩‍🔧❤️", "R$ 1.299,90 — “vale”, né?!", "PÉSSIMO"])
+def test_what_a_reader_sees_is_kept(raw):
+    assert text.clean(raw) == raw
+
+
+def test_lowercase_is_asked_for():
+    assert text.clean("ÓTIMO Celular", lowercase=True) == "ótimo celular"
+
+
+def test_cleaning_twice_changes_nothing_and_leaves_no_control_character():
+    rng = random.Random(1)
+    alphabet = [chr(code) for code in (*range(0x250), *range(0x300, 0x340), 0x200B, 0x200D, 0x2028, 0xFEFF, 0xD83D, 0x1F600)]
+    for _ in range(5000):
+        cleaned = text.clean("".join(rng.choices(alphabet, k=8)))
+        assert text.clean(cleaned) == cleaned
+        assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in cleaned)
+        assert cleaned == cleaned.strip()
+
+
+def test_columns_are_joined_by_a_dash_and_empty_ones_left_out():
+    assert text.join(["Muito bom", " Chegou\nrápido "]) == "Muito bom - Chegou rápido"
+    assert text.join([None, "Chegou rápido", "  "]) == "Chegou rápido"
+    assert text.join([None, ""]) == ""
+    assert text.join(["BOM", "Útil"], lowercase=True) == "bom - útil"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "não gostei do fone",
+        "NÃO GOSTEI DO FONE!!!",
+        "Não gostei, do fone...",
+        "  Na\u0303o gostei\ndo “fone” ",
+        "Ｎão gostei do fone",
+    ],
+)
+def test_case_punctuation_and_blanks_make_no_other_text(other):
+    assert text.key(other) == text.key("Não gostei do fone.")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Gostei do fone", "Não gostei do fone"),
+        ("Dou nota 1", "Dou nota 2"),
+        ("pos-venda", "posvenda"),
+        ("está bom", "esta bom"),
+        ("👍", "👎"),
+        ("!!!", "..."),
+    ],
+)
+def test_other_words_make_another_text(one, other):
+    assert text.key(one) != text.key(other)

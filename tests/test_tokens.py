@@ -1,0 +1,110 @@
+"""Ragged tokens: what is written is what is read, in the smallest type, cut at max_length."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sentiment import tokens
+from sentiment.checkpoint import save_word_piece, word_piece
+from sentiment.errors import CheckpointError, DataError
+from sentiment.tokens import Tokens, encode, load_tokenizer, ragged
+
+TEXTS = [
+    "Chegou antes do prazo e funciona muito bem",
+    "A tampa veio quebrada e ninguém responde",
+    "Ótimo",
+    "Não recomendo, a bateria dura uma hora e a tela risca com qualquer coisa",
+    "Produto bom, entrega rápida, preço justo",
+]
+ROWS = [[2, 17, 3], [2, 3], [2, 40, 41, 42, 43, 3]]
+LABELS = np.array([1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_word_piece(word_piece(TEXTS * 3, 300), folder)
+    return folder
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_what_is_saved_is_loaded_again(tmp_path, vocab_size):
+    before = ragged(ROWS, LABELS, vocab_size)
+    before.save(tmp_path / "train.safetensors")
+    after = Tokens.load(tmp_path / "train.safetensors")
+    for name in ("input_ids", "offsets", "labels"):
+        assert getattr(after, name).dtype == getattr(before, name).dtype
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    rows = [after.input_ids[start:stop].tolist() for start, stop in zip(after.offsets, after.offsets[1:], strict=False)]
+    assert rows == ROWS
+    assert after.labels.tolist() == LABELS.tolist()
+    assert after.lengths.tolist() == [3, 2, 6]
+    assert len(after) == 3
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_ids_take_two_bytes_where_the_vocabulary_allows_and_none_is_altered(vocab_size, dtype):
+    made = ragged([[0, vocab_size - 1]], LABELS[:1], vocab_size)
+    assert made.input_ids.dtype == dtype
+    assert made.input_ids.tolist() == [0, vocab_size - 1]
+
+
+def test_no_reviews_are_a_file_without_reviews(tmp_path):
+    ragged([], np.array([]), 300).save(tmp_path / "test.safetensors")
+    loaded = Tokens.load(tmp_path / "test.safetensors")
+    assert len(loaded) == 0
+    assert loaded.offsets.tolist() == [0]
+    assert loaded.lengths.tolist() == []
+
+
+def test_a_missing_file_is_a_data_error_that_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"nada\.safetensors.*dvc repro tokenize"):
+        Tokens.load(tmp_path / "nada.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no safetensors", "no offsets"])
+def test_a_broken_file_is_a_data_error_that_names_it(tmp_path, damage):
+    path = tmp_path / "train.safetensors"
+    ragged(ROWS, LABELS, 300).save(path)
+    whole = path.read_bytes()
+    if damage == "no offsets":
+        save_file({"input_ids": np.zeros(3, np.uint16), "labels": np.zeros(1, np.int16)}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut": whole[:-4], "no safetensors": b"isto nao sao fichas" * 9}[damage])
+    with pytest.raises(DataError, match=r"train\.safetensors cannot be read"):
+        Tokens.load(path)
+
+
+def test_a_long_review_is_cut_at_max_length_and_keeps_its_end_mark(tokenizer_folder):
+    whole = load_tokenizer(tokenizer_folder, 256)
+    long = next(encode(whole, [TEXTS[3]]))
+    assert len(long) > 8
+    assert next(encode(load_tokenizer(tokenizer_folder, 8), [TEXTS[3]])) == [*long[:7], whole.token_to_id("[SEP]")]
+    assert next(encode(load_tokenizer(tokenizer_folder, len(long)), [TEXTS[3]])) == long
+
+
+def test_reviews_are_encoded_in_order_with_their_marks_and_without_padding(tokenizer_folder, monkeypatch):
+    tokenizer = load_tokenizer(tokenizer_folder, 256)
+    alone = [tokenizer.encode(text).ids for text in TEXTS]
+    monkeypatch.setattr(tokens, "CHUNK", 2)
+    rows = list(encode(tokenizer, (text for text in TEXTS)))
+    assert rows == alone
+    assert len({len(row) for row in rows}) > 1
+    assert {(row[0], row[-1]) for row in rows} == {(tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))}
+
+
+def test_padding_and_cutting_in_a_tokenizers_file_do_not_count(tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder, 256)
+    expected = list(encode(tokenizer, TEXTS))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert list(encode(load_tokenizer(tmp_path, 256), TEXTS)) == expected
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"model": 1}'])
+def test_a_missing_or_broken_tokenizer_is_a_checkpoint_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path, 256)

@@ -1,0 +1,216 @@
+"""The training loop: deterministic, resumable, and right in its sums."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from torch.nn.functional import cross_entropy
+
+from sentiment import checkpoint, tokens, training
+from sentiment.errors import TrainingError
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["negativo", "positivo"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("sentiment").setLevel(logging.INFO)
+
+
+def loop_in(folder, fingerprint="one", change=lambda model: None, **changes):
+    """A run that is ready to start in `folder`, and the list that its logged points go to."""
+    settings = models.settings(**changes)
+    texts, labels = models.reviews()
+    tokenizer = models.tokenizer_in(folder / "tokenizer", texts)
+    rows = tokens.ragged(tokens.encode(tokenizer, texts), labels, tokenizer.get_vocab_size())
+    held_out, truth = models.reviews(60, seed=1)
+    validation = tokens.ragged(tokens.encode(tokenizer, held_out), truth, tokenizer.get_vocab_size())
+    training.seed(settings.train.seed)
+    model = checkpoint.load_model(settings.model, NAMES, tokenizer, settings.tokenize.max_length)
+    change(model)
+    points = []
+    loop = training.Loop(
+        model, rows, validation, 0, NAMES, settings.train, folder / "checkpoint", fingerprint, lambda *point: points.append(point)
+    )
+    return loop, points
+
+
+def weights(loop):
+    return save({name: value.contiguous() for name, value in loop.base.state_dict().items()})
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        loop, _ = loop_in(tmp_path / str(number), seed=seed)
+        loop.run()
+        runs.append(weights(loop))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 9])
+def test_an_interrupted_run_ends_with_the_weights_and_points_of_a_whole_one(tmp_path, stop_at):
+    whole, expected = loop_in(tmp_path / "whole")
+    whole.run()
+    first, _ = loop_in(tmp_path / "cut")
+    step = first.step
+
+    def interrupting(rows):
+        if first.progress.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return step(rows)
+
+    first.step = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second, points = loop_in(tmp_path / "cut")
+    second.run()
+    assert second.progress.step > stop_at
+    assert weights(second) == weights(whole)
+    assert [step for step, _ in points] == [step for step, _ in expected]
+    assert all(a == pytest.approx(b) for (_, a), (_, b) in zip(points, expected, strict=True))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    whole, _ = loop_in(tmp_path / "whole", epochs=5, patience=None)
+    whole.run()
+    script = (
+        "import pathlib, test_training as t\n"
+        "loop, _ = t.loop_in(pathlib.Path('cut'), epochs=5, patience=None); loop.run()"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    while process.poll() is None and not list(tmp_path.glob("cut/checkpoint/step-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob("cut/checkpoint/step-*"))
+    resumed, points = loop_in(tmp_path / "cut", epochs=5, patience=None)
+    resumed.resume()
+    assert resumed.progress.step > 0
+    assert points
+    again, _ = loop_in(tmp_path / "cut", epochs=5, patience=None)
+    again.run()
+    assert weights(again) == weights(whole)
+
+
+def test_another_fingerprint_starts_afresh(tmp_path):
+    loop, _ = loop_in(tmp_path)
+    loop.run()
+    other, points = loop_in(tmp_path, fingerprint="two")
+    other.resume()
+    assert other.progress.step == 0
+    assert points == []
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.7, 0.6, 0.99])
+    real, seen = training.metrics.score, []
+    monkeypatch.setattr(training.metrics, "score", lambda *args: real(*args) | {"f1_macro": next(scores)})
+    loop, _ = loop_in(tmp_path, epochs=5, patience=2)
+    finish = loop.finish_epoch
+    loop.finish_epoch = lambda: (seen.append(weights(loop)), finish())
+    result = loop.run()
+    assert result.best_epoch == 2
+    assert len(result.history) == 4
+    assert weights(loop) == seen[1]
+
+
+def test_a_step_of_two_batches_is_the_step_of_the_two_together(tmp_path):
+    calm = {"lr": 1e-3}
+    one, _ = loop_in(tmp_path / "one", change=no_dropout, **calm)
+    two, _ = loop_in(tmp_path / "two", change=no_dropout, **calm)
+    rows = np.arange(24)
+    losses = one.step([rows]), two.step([rows[:5], rows[5:]])
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+    for first, second in zip(one.base.parameters(), two.base.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_is_torchs_own_weighted_and_smoothed_mean(tmp_path):
+    changes = {"class_weights": {"negativo": 3.0, "positivo": 1.0}, "label_smoothing": 0.1}
+    loop, _ = loop_in(tmp_path, change=no_dropout, **changes)
+    rows = np.arange(20)
+    batch = {k: torch.from_numpy(v) for k, v in training.batches.collate(loop.data, rows, 0).items()}
+    logits = loop.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = cross_entropy(logits, batch["labels"], torch.tensor([3.0, 1.0]), label_smoothing=0.1)
+    assert float(loop.step([rows])) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_balanced_weights_follow_the_formula():
+    balanced = models.settings(class_weights="balanced").train
+    assert training.class_weights(np.array([10, 30]), balanced, NAMES).tolist() == pytest.approx([2.0, 2 / 3])
+
+
+def test_norms_and_biases_do_not_decay(tmp_path):
+    loop, _ = loop_in(tmp_path)
+    decayed, free = training.parameter_groups(loop.base, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    named = {id(p): name for name, p in loop.base.named_parameters()}
+    assert all("bias" in named[id(p)] or "LayerNorm" in named[id(p)] for p in free["params"])
+    assert not any("bias" in named[id(p)] or "LayerNorm" in named[id(p)] for p in decayed["params"])
+
+
+@pytest.mark.parametrize(("decay", "last"), [("linear", 0.01), ("cosine", 0.001), ("constant", 1.0)])
+def test_the_rate_climbs_then_decays(decay, last):
+    settings = models.settings(decay=decay, warmup=0.1).train
+    rates = [training.rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(last, abs=0.011)
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"precision": "fp16"}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says is missing")
+def test_what_the_machine_has_not_is_said(tmp_path, changes):
+    with pytest.raises(TrainingError, match=r"train\.(device|precision)"):
+        loop_in(tmp_path, **changes)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    loop, _ = loop_in(tmp_path, change=lambda model: model.classifier.weight.data.fill_(float("inf")))
+    with pytest.raises(TrainingError, match=r"lower train\.lr"):
+        loop.run()
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, pathlib, sys, test_training as t\n"
+        "from accelerate import PartialState\n"
+        "folder = pathlib.Path(sys.argv[1]) / str(PartialState(cpu=True).process_index)\n"
+        "loop, points = t.loop_in(folder, change=t.no_dropout)\n"
+        "loop.folder = pathlib.Path(sys.argv[1]) / 'checkpoint'\n"
+        "loop.run()\n"
+        "if loop.accelerator.is_main_process: (pathlib.Path(sys.argv[1]) / 'points.json').write_text(json.dumps(points))\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    curves = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        command = [*launch, processes, "--main_process_port", "0", str(script), str(folder)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+        curves.append(training.read_json(folder / "points.json"))
+    for (step, one), (same, two) in zip(*curves, strict=True):
+        assert step == same
+        assert one == pytest.approx(two, abs=2e-4)
+
+
+def no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = 0.0
