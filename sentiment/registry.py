@@ -83,15 +83,27 @@ class Registry:
         return sorted((Version(row["version"], row["commit_hexsha"]) for row in found), key=number, reverse=True)
 
     def in_stage(self, stage: str) -> Version | None:
-        """The version that a stage holds, or None."""
-        import gto.api
-        from gto.exceptions import ArtifactNotFound
+        """The version that a stage holds, or None: the one of its tag with the highest number that was not taken back.
 
-        try:
-            found = gto.api.find_versions_in_stage(str(self.root), ARTIFACT, stage)
-        except ArtifactNotFound:
-            return None
-        return Version(found[0].version, found[0].commit_hexsha) if found else None
+        gto itself shows the highest version that ever had the stage, so that going back to an older one would not show.
+        """
+        from gto.constants import Action
+        from gto.tag import parse_name
+
+        turns, taken_back = [], set()
+        for line in git(self.root, "for-each-ref", "--format=%(refname:short) %(*objectname)", f"refs/tags/{ARTIFACT}#*").split(
+            "\n"
+        ):
+            tag = parse_name(line.split(" ")[0], raise_on_fail=False)
+            if tag.get("stage") == stage:
+                turns.append((tag.get("counter", 0), tag["action"], line.split(" ")[1]))
+        registered = {version.commit: version for version in self.versions()}
+        for _, action, commit in sorted(turns, reverse=True):
+            if action == Action.UNASSIGN:
+                taken_back.add(commit)
+            elif commit not in taken_back and commit in registered:
+                return registered[commit]
+        return None
 
     def find(self, name: str) -> Version:
         """The version called `v1.0.0`, or the one that a stage of that name holds; raises RegistryError if there is none."""
@@ -208,7 +220,7 @@ class Registry:
         commit = git(workspace, "commit-tree", tree, "-p", "HEAD", "-m", message, **who)
         if Path(git(workspace, "rev-parse", "--show-toplevel")).resolve() != self.root.resolve():
             git(workspace, "update-ref", HOLDING_REF, commit)
-            git(self.root, "fetch", "--quiet", "--no-tags", str(workspace), f"+{HOLDING_REF}:{HOLDING_REF}")
+            git(self.root, "fetch", "--quiet", "--no-tags", str(workspace.resolve()), f"+{HOLDING_REF}:{HOLDING_REF}")
         return commit
 
 

@@ -8,6 +8,7 @@ Run:  python -m stages.download
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +48,8 @@ def link_source(source: str, link: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     remove(link)
     if not sources.is_remote(source) and Path(source).is_file():
-        link.symlink_to(Path(source).resolve())
+        inside = Path(source).resolve().is_relative_to(Path.cwd())
+        link.symlink_to(os.path.relpath(source, link.parent) if inside else Path(source).resolve())
 
 
 def check_sha256(settings: params.Download, fetched: sources.Fetched) -> None:

@@ -106,8 +106,8 @@ def production_score(
     if set(told) != set(names):
         raise RegistryError(
             f"{version.tag} in production tells {', '.join(told)}, and this model {', '.join(names)}: they cannot be compared; "
-            f"give this model another promote.stage, or take production's turn back: gto unassign {ARTIFACT} --version "
-            f"{version.name} --stage STAGE"
+            f"give this model another promote.stage, or take the turn back from that version: "
+            f"gto deprecate {ARTIFACT} {version.name} STAGE"
         )
     same = [frame.sort_values("review_id")[["review_id", "label"]].to_numpy() for frame in (stored, candidate)]
     if same[0].shape == same[1].shape and (same[0] == same[1]).all():

@@ -35,10 +35,9 @@ def here(tmp_path, monkeypatch):
 
 def write_params(**values):
     """The shipped params.yaml in the working directory, with these values of `download`."""
-    yaml = YAML(typ="safe", pure=True)
-    params = yaml.load(ROOT / "params.yaml")
+    params = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     params["download"] |= values
-    yaml.dump(params, Path("params.yaml"))
+    Path("params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML
 
 
 def run(**values):

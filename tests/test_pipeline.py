@@ -76,26 +76,41 @@ def test_every_plot_is_drawn_from_data_that_is_there(trained):
     [
         ("train.lr=abc", "train.lr must be a valid number (it is 'abc')"),
         ("train.lr=-1", "train.lr must be greater than 0 (it is -1)"),
-        ("train.lrr=1", "train.lrr is not a parameter"),
     ],
 )
-def test_a_wrong_parameter_stops_the_run_by_its_name_and_leaves_the_model(trained, setting, says):
-    before = files(trained.path / "models" / "sentiment")
-    add = "+" if "lrr" in setting else ""
-    done = trained.run("dvc", "exp", "run", "--set-param", f"{add}{setting}", check=False)
+def test_a_wrong_parameter_stops_the_run_by_its_name_and_production_stays(trained, setting, says, tmp_path):
+    before = production(trained, tmp_path / "before")
+    done = trained.run("dvc", "exp", "run", "--set-param", setting, check=False)
     assert done.returncode != 0
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert files(trained.path / "models" / "sentiment") == before
+    assert production(trained, tmp_path / "after") == before
 
 
-@pytest.mark.slow
-def test_a_changed_source_runs_the_pipeline_again(trained):
-    source = trained.path / "data" / "sample" / "reviews.csv"
+def production(repository, folder):
+    """The files of the production model."""
+    repository.run("dvc", "artifacts", "get", ".", "sentiment", "--stage", "production", "--out", str(folder))
+    assert "model.safetensors" in files(folder)
+    return files(folder)
+
+
+@pytest.fixture
+def prepared(project):
+    """The project with its first two stages run."""
+    project.run("dvc", "repro", "prepare")
+    return project
+
+
+def test_a_changed_source_runs_the_pipeline_again(prepared):
+    source = prepared.path / "data" / "sample" / "reviews.csv"
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     source.write_text("".join(lines[:-5]), encoding="utf-8")
-    rows = json.loads((trained.path / "metrics" / "data.json").read_text(encoding="utf-8"))["rows"]
-    done = trained.run("dvc", "repro", "prepare")
+    done = prepared.run("dvc", "repro", "prepare")
     assert "Running stage 'download'" in done.stdout
     assert "Running stage 'prepare'" in done.stdout
-    assert json.loads((trained.path / "metrics" / "data.json").read_text(encoding="utf-8"))["rows"] == rows - 5
+    assert json.loads((prepared.path / "metrics" / "data.json").read_text(encoding="utf-8"))["rows"] == len(lines) - 1 - 5
+
+
+def test_a_repository_that_was_moved_runs_on(prepared, tmp_path):
+    prepared.path = prepared.path.rename(tmp_path / "moved")
+    assert UP_TO_DATE in prepared.run("dvc", "repro", "prepare").stdout

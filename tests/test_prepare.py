@@ -45,10 +45,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def stage(frame, **settings):
-        yaml = YAML(typ="safe", pure=True)
-        params = yaml.load(SHIPPED)
+        params = YAML(typ="safe", pure=True).load(SHIPPED)
         params["prepare"] |= settings
-        yaml.dump(params, Path("params.yaml"))
+        Path("params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML, in the order of the keys
         table = pa.Table.from_pandas(frame.assign(source_line=range(2, len(frame) + 2)), preserve_index=False)
         prepare.RAW.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata({"source": json.dumps({"source": "avaliacoes.csv"})}), prepare.RAW)
