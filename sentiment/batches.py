@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from sentiment.tokens import Tokens
+from sentiment.tokens import LENGTH_STEP, Tokens
 
 POOL_BATCHES = 50  # a shuffled pool is this many budgets long: sorted inside, so that batches stay nearly random
-LENGTH_STEP = 8  # batch widths are multiples of this: few shapes, aligned rows
 
 
 def widths(lengths: np.ndarray) -> np.ndarray:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sentiment.batches import LENGTH_STEP
-from sentiment.classifier import no_progress_bars
 from sentiment.errors import CheckpointError
 from sentiment.logs import first_line
 from sentiment.params import Model
+from sentiment.tokens import LENGTH_STEP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,6 +159,13 @@ def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max
             "weights and its tokenizer do not belong together"
         )
     return model
+
+
+def no_progress_bars() -> None:
+    """Keep transformers from drawing a bar for each file that it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def small_bert(settings: Model, names: dict[str, Any], tokenizer: Tokenizer, max_length: int) -> "PreTrainedModel":

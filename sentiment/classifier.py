@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sentiment import batches, calibration, text
+from sentiment.checkpoint import no_progress_bars
 from sentiment.errors import CheckpointError, TrainingError
 from sentiment.files import read_json, write_json
 from sentiment.logs import first_line
@@ -61,11 +62,15 @@ class Classifier:
         where = pick_device(device)
         try:
             inference = Inference(**read_json(folder / "inference.json"))
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}; fetch it again: `dvc checkout`"
+            )
         names = [model.config.id2label[k] for k in range(model.config.num_labels)]
         return cls(model.to(where).eval(), load_tokenizer(folder, inference.max_length), inference, names, where)
 
@@ -90,13 +95,6 @@ class Classifier:
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """The class index of each row, by the model's own threshold: int64 [texts]."""
         return calibration.decide(probabilities, self.inference.threshold)
-
-
-def no_progress_bars() -> None:
-    """Keep transformers from drawing a bar for each file that it reads or writes."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def pick_device(name: str) -> "torch.device":

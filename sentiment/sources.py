@@ -118,7 +118,9 @@ def parquet_tables(path: Path) -> Iterator[pa.Table]:
                 table = table.drop_columns([LINE_COLUMN])
             yield table.append_column(LINE_COLUMN, pa.array(range(done + 1, done + 1 + len(table)), pa.int64()))
             done += len(table)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise DataError(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
 
 
@@ -164,7 +166,10 @@ def csv_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{name} is empty; check that the file is the one you mean")
     delimiter = max(",;|\t", key=header.count)
     csv.field_size_limit(1 << 24)
-    columns = next(csv.reader([header], delimiter=delimiter), [])
+    try:
+        columns = next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error as error:
+        raise DataError(f"{name}, line 1: {error}; end its lines with \\n") from None
     if not any(columns) or len(set(columns)) < len(columns):
         raise DataError(f"{name}, line 1: the header must name each column once; it reads {header.strip()[:100]!r}")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from sentiment.errors import CheckpointError, DataError
 
 CHUNK = 10_000
+LENGTH_STEP = 8  # batch widths and position tables are multiples of this: few shapes, aligned rows
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ log = logging.getLogger("stages.download")
 
 def main() -> None:
     settings = params.load().download
+    kind = sources.file_format(settings.source)
     link_source(settings.source, LINK)
     with atomic(RAW) as part, TemporaryDirectory(dir=RAW.parent) as folder:
         fetched = sources.fetch(settings.source, Path(folder))
@@ -39,7 +40,7 @@ def main() -> None:
             "bytes": fetched.bytes,
             "licence": licence,
         }
-        rows = store(fetched.path, sources.file_format(settings.source), part, facts)
+        rows = store(fetched.path, kind, part, facts)
     log.info("%d rows, %d bytes, sha256 %s, licence %s", rows, fetched.bytes, fetched.sha256, licence)
 
 

@@ -56,7 +56,7 @@ def read(path: Path, settings: params.Prepare) -> tuple[pd.DataFrame, dict[str, 
             "name the right ones in prepare.text, prepare.rating and prepare.group (null where there is no group)"
         )
     table = pq.read_table(path)
-    return table.to_pandas(), json.loads(table.schema.metadata[b"source"])
+    return table.to_pandas(integer_object_nulls=True), json.loads(table.schema.metadata[b"source"])
 
 
 def describe(raw: pd.DataFrame, settings: params.Prepare) -> pd.DataFrame:
@@ -67,7 +67,7 @@ def describe(raw: pd.DataFrame, settings: params.Prepare) -> pd.DataFrame:
     reviews["key"] = [text.key(value) for value in reviews["text"]]
     reviews["rating"] = numbers(raw, settings.rating)
     reviews["label"] = labels(reviews["rating"], settings)
-    groups = raw[settings.group].astype("string") if settings.group else pd.Series(pd.NA, raw.index, "string")
+    groups = raw[settings.group].astype("string").replace("", pd.NA) if settings.group else pd.Series(pd.NA, raw.index, "string")
     reviews["split"] = split("product:" + groups, "text:" + reviews["key"], settings)
     reviews["review_id"] = [digest(value).hex() for value in reviews["key"]]
     return reviews

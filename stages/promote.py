@@ -2,7 +2,7 @@
 
 From: models/sentiment, metrics/test.json, data/predictions/test.parquet, data/prepared/test.parquet, git's tags
 To:   metrics/promotion.json; with a promotion also a snapshot commit and two git tags (see sentiment/registry.py)
-Run:  python -m stages.promote
+Run:  dvc repro promote (by hand it would tag what dvc.lock last recorded, not what lies in the folders)
 """
 
 import io

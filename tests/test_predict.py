@@ -2,11 +2,11 @@
 
 import json
 
-import models
 import numpy as np
 import pandas as pd
 import pytest
 
+import models
 from sentiment import predict
 from sentiment.classifier import Classifier
 from sentiment.errors import CheckpointError, DataError

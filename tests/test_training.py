@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
+import models
 from sentiment import checkpoint, tokens, training
 from sentiment.errors import TrainingError
 
@@ -84,10 +84,7 @@ def test_an_interrupted_run_ends_with_the_weights_and_points_of_a_whole_one(tmp_
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole, _ = loop_in(tmp_path / "whole", epochs=5, patience=None)
     whole.run()
-    script = (
-        "import pathlib, test_training as t\n"
-        "loop, _ = t.loop_in(pathlib.Path('cut'), epochs=5, patience=None); loop.run()"
-    )
+    script = "import pathlib, test_training as t\nloop, _ = t.loop_in(pathlib.Path('cut'), epochs=5, patience=None); loop.run()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
