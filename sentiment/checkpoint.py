@@ -80,6 +80,8 @@ def save_tokenizer(settings: Model, texts: Sequence[str], folder: Path) -> None:
         raise failure(settings, error) from error
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{settings.checkpoint} has no fast tokenizer; a tokenizer.json is needed")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError(f"{settings.checkpoint} has no vocabulary; put its tokenizer.json or vocab.txt beside the weights")
 
 
 def word_piece(texts: Sequence[str], vocab_size: int) -> Tokenizer:

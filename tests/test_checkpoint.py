@@ -125,6 +125,13 @@ def test_a_folder_without_weights_says_what_it_needs(folder):
         load(folder)
 
 
+def test_a_folder_without_a_vocabulary_is_refused(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError):
+        checkpoint.save_tokenizer(model_settings(checkpoint=str(folder)), [], tmp_path / "out")
+
+
 def test_more_tokens_than_positions_are_refused(folder):
     with pytest.raises(CheckpointError, match="at most 64 tokens"):
         load(folder, max_length=65)
