@@ -178,6 +178,7 @@ class Loop:
             while not self.progress.finished:
                 self.epoch(bar)
         self.base.load_state_dict(load_file(self.folder / "best.safetensors"))
+        self.accelerator.wait_for_everyone()
         done = self.progress
         return Result(done.history, done.best_epoch, describe(self.device), self.precision, done.seconds)
 

@@ -6,6 +6,7 @@ To:   models/sentiment (weights, tokenizer, inference.json, metadata.json, READM
 Run:  python -m stages.train, or accelerate launch -m stages.train
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ from accelerate import PartialState
 from dvclive import Live
 
 from sentiment import calibration, card, checkpoint, metrics, params, training
-from sentiment.classifier import Classifier, Inference
+from sentiment.classifier import Classifier, Inference, pick_device
 from sentiment.files import atomic, read_json, remove, sha256, write_json
 from sentiment.logs import run_stage, timed
 from sentiment.tokens import Tokens, load_tokenizer
@@ -36,24 +37,34 @@ log = logging.getLogger("stages.train")
 
 def main() -> None:
     settings, started = params.load(), datetime.now(UTC)
+    state = PartialState(cpu=pick_device(settings.train.device).type == "cpu")
+    if not state.is_main_process:  # one of several devices: the first one speaks for all
+        logging.getLogger("sentiment").setLevel(logging.WARNING)
+        log.setLevel(logging.WARNING)
     splits = {name: Tokens.load(TOKENS / f"{name}.safetensors") for name in ("train", "validation")}
     tokenizer = load_tokenizer(TOKENS / "tokenizer", settings.tokenize.max_length)
     training.seed(settings.train.seed)
     with timed(log, "loading the model"):
         model = checkpoint.load_model(settings.model, list(settings.prepare.labels), tokenizer, settings.tokenize.max_length)
     describe(model, splits, settings)
-    with Live(str(LIVE), save_dvc_exp=False, dvcyaml=None, monitor_system=False) as live:
+    with recorder(state) as live:
         pad_id = tokenizer.token_to_id("[PAD]") or 0
         loop = training.Loop(
             model, splits["train"], splits["validation"], pad_id, list(settings.prepare.labels), settings.train,
             CHECKPOINT, fingerprint(settings), lambda step, values: show(live, step, values),
         )  # fmt: skip
         result = loop.run()
-    if PartialState().is_main_process:
+    if state.is_main_process:
         save(model, splits["validation"], settings, result, started)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
         remove(CHECKPOINT)
+    state.wait_for_everyone()
+
+
+def recorder(state: PartialState) -> Any:
+    """DVCLive on the first process, nothing on the others."""
+    if not state.is_main_process:
+        return contextlib.nullcontext()
+    return Live(str(LIVE), save_dvc_exp=False, dvcyaml=None, monitor_system=False)
 
 
 def describe(model: Any, splits: dict[str, Tokens], settings: params.Params) -> None:
