@@ -6,7 +6,7 @@ B2W := https://raw.githubusercontent.com/americanas-tech/b2w-reviews01/4639429ec
 BERTIMBAU := neuralmind/bert-base-portuguese-cased
 BERTIMBAU_REVISION := 94d69c95f98f7d5b2a8700c420230ae10def0baa
 
-.PHONY: help repro test lint b2w bench
+.PHONY: help repro serve test lint b2w bench
 help:  ## list the targets
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -18,6 +18,9 @@ help:  ## list the targets
 
 repro: .venv/installed  ## install into .venv and run the pipeline: download, prepare, tokenize, train, evaluate, promote
 	dvc repro
+
+serve: .venv/installed  ## answer HTTP requests on port 8000 with the model in production
+	gunicorn -c serve/gunicorn.conf.py serve.app:app
 
 test: .venv/dev-installed  ## run the tests
 	python -m pytest

@@ -1,10 +1,7 @@
 """From a model's logits to probabilities that mean what they say, and from these to a label; fitted on validation."""
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import softmax
-
-from sentiment.metrics import negative_log_likelihood
 
 LOG_TEMPERATURES = (-3.0, 3.0)
 
@@ -16,6 +13,10 @@ def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature of the least negative log-likelihood (Guo et al. 2017)."""
+    from scipy.optimize import minimize_scalar
+
+    from sentiment.metrics import negative_log_likelihood
+
     found = minimize_scalar(
         lambda log: negative_log_likelihood(probabilities(logits, np.exp(log)), labels),
         bounds=LOG_TEMPERATURES,

@@ -4,14 +4,17 @@ A version is an annotated tag `sentiment@v1.0.0`, a stage's turn another, `senti
 commit that holds the parameters, metrics and dvc.lock of the run, so that DVC finds the model there.
 """
 
+import hashlib
+import io
 import os
+import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -19,11 +22,17 @@ from sentiment.errors import RegistryError
 from sentiment.files import atomic
 from sentiment.logs import first_line
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 ARTIFACT = "sentiment"
 MODEL = "models/sentiment"
 FIRST_VERSION = "v1.0.0"
 EXPERIMENTS = (".dvc", "tmp", "exps")
+PREDICTIONS = "data/predictions/test.parquet"
 HOLDING_REF = "refs/sentiment/snapshot"
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:")  # https://…, ssh://…, file://…, git@host:owner/name
+GIT_SECONDS = 600
 
 
 class Version(NamedTuple):
@@ -39,13 +48,20 @@ class Version(NamedTuple):
 
 
 def git(folder: Path, *arguments: str, **environment: str) -> str:
-    """The output of a git command; raises RegistryError with git's own words where it fails."""
+    """The output of a git command; raises RegistryError with git's own words where it fails, or after 10 minutes."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], env=os.environ | environment, capture_output=True, text=True, check=False
+            ["git", "-C", str(folder), *arguments],
+            env=os.environ | {"GIT_TERMINAL_PROMPT": "0"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=GIT_SECONDS,
         )
     except FileNotFoundError:
         raise RegistryError("git is not installed, so no model can be promoted; install git") from None
+    except subprocess.TimeoutExpired:
+        raise RegistryError(f"git {arguments[0]} took more than {GIT_SECONDS} s; check the network and the address") from None
     if done.returncode:
         raise RegistryError(f"git {arguments[0]} failed ({done.stderr.strip() or done.returncode}); mend it and promote again")
     return done.stdout.strip()
@@ -67,10 +83,39 @@ def find_repository(folder: Path) -> Path:
 
 
 class Registry:
-    """The versions and stages of a repository at `root`, on this disk."""
+    """The versions and stages of a repository at `root`, on this disk; its models come through DVC from `address`, if given."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, address: str | None = None) -> None:
+        self.root, self.address = root, address
+
+    @classmethod
+    def open(cls, where: str | Path, copies: Path = Path("models/registry/copies")) -> "Registry":
+        """The registry of a folder in a clone, or of a git URL, whose tags are then copied to a folder in `copies`.
+
+        Raises RegistryError if there is no repository.
+        """
+        if not ADDRESS.match(str(where)):
+            return cls(find_repository(Path(where)))
+        address = str(where)
+        copy = copies / hashlib.sha256(address.encode()).hexdigest()[:16]
+        with locked(copy):
+            if not (copy / ".git").is_dir():
+                with atomic(copy) as part:
+                    git(Path(), "clone", "--quiet", "--no-checkout", address, str(part))
+        return cls(copy.resolve(), address)
+
+    def state(self) -> str:
+        """All tags and their commits, as text: what differs after a promotion, or after going back. Takes milliseconds."""
+        pattern = (f"refs/tags/{ARTIFACT}@*", f"refs/tags/{ARTIFACT}#*")
+        if self.address:
+            return git(self.root, "ls-remote", "--tags", self.address, *pattern)
+        return git(self.root, "for-each-ref", "--format=%(objectname) %(refname)", *pattern)
+
+    def fetch(self) -> None:
+        """Bring the tags of a git URL up to date; nothing happens for a clone's folder."""
+        if self.address:
+            with locked(self.root):
+                git(self.root, "fetch", "--quiet", "--force", "--tags", "--prune", "--prune-tags", "origin")
 
     def versions(self) -> list[Version]:
         """All versions, the newest first."""
@@ -122,10 +167,26 @@ class Registry:
     def folder(self, version: Version) -> Path:
         """The version's model folder, fetched from DVC's cache or remote once; raises RegistryError if it is not there."""
         target = self.root / "models" / "registry" / f"{version.name}-{version.commit[:12]}"
-        if not target.is_dir():
-            with self.files(version) as files, atomic(target) as part:
-                files.get(MODEL, str(part), recursive=True)
+        with locked(target):
+            if not target.is_dir():
+                with self.files(version) as files, atomic(target) as part:
+                    files.get(MODEL, str(part), recursive=True)
         return target
+
+    def test_reviews(self, version: Version) -> "pd.DataFrame":
+        """The reviews that a version was tested on: text, label and prediction (both by name), and rows without a label.
+
+        The rows without a label are the texts of its validation split. Raises RegistryError if they are not to be had.
+        """
+        import pandas as pd
+
+        def read(path: str) -> pd.DataFrame:
+            return pd.read_parquet(io.BytesIO(self.read(version, path)))
+
+        tested = read(PREDICTIONS)[["review_id", "label", "prediction"]]
+        texts = read("data/prepared/test.parquet").set_index("review_id")["text"]
+        others = read("data/prepared/validation.parquet")[["text"]].assign(label=None, prediction=None)
+        return pd.concat([tested.assign(text=texts.loc[tested["review_id"]].to_numpy()), others], ignore_index=True)
 
     @contextmanager
     def files(self, version: Version) -> Iterator[Any]:
@@ -133,7 +194,7 @@ class Registry:
         from dvc.api import DVCFileSystem
 
         try:
-            yield DVCFileSystem(str(self.root), rev=version.commit)
+            yield DVCFileSystem(self.address or str(self.root), rev=version.commit)
         except Exception as error:
             raise RegistryError(
                 f"{version.tag} cannot be read from DVC's cache ({type(error).__name__}: {first_line(error)}); fetch it with "
@@ -222,6 +283,14 @@ class Registry:
             git(workspace, "update-ref", HOLDING_REF, commit)
             git(self.root, "fetch", "--quiet", "--no-tags", str(workspace.resolve()), f"+{HOLDING_REF}:{HOLDING_REF}")
         return commit
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Let one process at a time make a file or folder that several may want."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        yield
 
 
 def number(version: Version) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ A split's file is a safetensors file with `input_ids` (uint16 where the vocabula
 [SEP] included, and is row i of the prepared Parquet file of the same name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,7 +73,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
             yield encoding.ids
 
 
-def ragged(rows: Iterable[list[int]], labels: np.ndarray, vocab_size: int) -> Tokens:
+def ragged(rows: Iterable[Sequence[int] | np.ndarray], labels: np.ndarray, vocab_size: int) -> Tokens:
     """Lists of token ids as Tokens, in the smallest type that holds the vocabulary."""
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     arrays = [np.asarray(row, dtype) for row in rows]

@@ -1,0 +1,147 @@
+"""The HTTP application: routes, limits, logs and metrics. The model is in another process (serve/predictor.py).
+
+Run: gunicorn -c serve/gunicorn.conf.py serve.app:app
+"""
+
+import logging
+import os
+import re
+import time
+import uuid
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import orjson
+from flask import Flask, Request, Response, g, request
+from flask.json.provider import JSONProvider
+from flask_openapi3 import Info, OpenAPI
+from pydantic_core import from_json
+from werkzeug.exceptions import UnprocessableEntity
+
+from serve import logs, metrics, pages, predictions, problems, schemas, state
+from serve.settings import Settings, load, unknown
+from serve.supervisor import RUN_FOLDER
+from serve.wire import Client
+from serve.worker import READ
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"}
+log = logging.getLogger("serve.request")
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON whatever its Content-Type says, as `curl -d` sends it."""
+
+    def get_json(self, *_: Any, **__: Any) -> Any:
+        """The body's value; raises UnprocessableEntity where it is no JSON."""
+        data = self.get_data(cache=False)
+        self.environ.get(READ, lambda: None)()
+        try:
+            return from_json(data, allow_inf_nan=False)
+        except ValueError as error:
+            raise UnprocessableEntity(f"the body is no JSON ({error})") from error
+
+
+class OrJson(JSONProvider):
+    """JSON by orjson."""
+
+    def dumps(self, obj: Any, **_: Any) -> str:
+        return orjson.dumps(obj).decode()
+
+    def loads(self, s: str | bytes, **_: Any) -> Any:
+        return orjson.loads(s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        return Response(orjson.dumps(self._prepare_response_obj(args, kwargs)), mimetype="application/json")
+
+
+def create_app(settings: Settings | None = None, client: Any = None) -> Flask:
+    """The application; `client` is asked what the model says (by default the process beside this one).
+
+    Ends the process with a sentence if the settings are wrong, or if the model's process is not run by Gunicorn's settings.
+    """
+    settings = settings or load()
+    client = client or Client(socket_path())
+    if not logging.getLogger("serve").handlers:
+        logs.setup(settings)
+    for name in unknown():
+        log.warning("%s is no setting of the service; `python -m serve.settings` lists them", name)
+    info = Info(title="Sentiment of Brazilian product reviews", version="1", description="Texts in, sentiment out.")
+    app = OpenAPI(
+        "serve", info=info, doc_ui=False, validation_error_callback=problems.of_validation,
+        validation_error_model=schemas.Problem, security_schemes=security(settings), static_folder=None,
+    )  # fmt: skip
+    app.request_class, app.json = JsonRequest, OrJson(app)
+    app.url_map.strict_slashes = False
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    problems.register(app)
+    observe(app, settings)
+    predictions.add(app, settings, client)
+    state.add(app, settings, client)
+    pages.add(app)
+    return app
+
+
+def socket_path() -> Path:
+    """Where the model's process listens."""
+    if RUN_FOLDER not in os.environ:
+        raise SystemExit("the service is more than this application: gunicorn -c serve/gunicorn.conf.py serve.app:app")
+    return Path(os.environ[RUN_FOLDER]) / "predictor.sock"
+
+
+def security(settings: Settings) -> dict[str, Any] | None:
+    """The OpenAPI document's word on the key, if one is needed."""
+    return {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}} if settings.api_key else None
+
+
+def observe(app: Flask, settings: Settings) -> None:
+    """Give each request an id, a line in the log, and a place in the metrics."""
+
+    @app.before_request
+    def begin() -> None:
+        g.start = time.perf_counter()
+        given = request.headers.get("X-Request-ID", "")
+        g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        if request.method in ("GET", "HEAD", "OPTIONS"):
+            request.environ.get(READ, lambda: None)()
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        seconds = time.perf_counter() - g.get("start", time.perf_counter())
+        route = request.url_rule.rule if request.url_rule else "none"
+        method = request.method if request.method in METHODS else "other"
+        metrics.requests.labels(method, route, response.status_code).inc()
+        metrics.latency.labels(route).observe(seconds)
+        logs.event(
+            log, logging.INFO, "request", id=g.get("request_id"), client=client_address(settings), method=request.method,
+            path=request.path, status=response.status_code, ms=round(1000 * seconds, 2),
+        )  # fmt: skip
+        response.headers["X-Request-ID"] = g.get("request_id", "")
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        return response
+
+
+def client_address(settings: Settings) -> str:
+    """Who asks: the last address that no trusted proxy vouches for; without trusted proxies, who is connected."""
+    address = request.remote_addr or "unix"
+    hops = [hop.strip() for hop in ",".join(request.headers.getlist("X-Forwarded-For")).split(",") if hop.strip()]
+    while hops and is_trusted(address, settings):
+        address = hops.pop()
+    return address
+
+
+def is_trusted(address: str, settings: Settings) -> bool:
+    """Whether an address is one of the trusted proxies."""
+    try:
+        return any(ip_address(address) in network for network in settings.trusted_proxies)
+    except ValueError:
+        return False
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made when Gunicorn asks for it, so that importing this module for its parts needs no running service."""
+    if name == "app":
+        made = globals()["app"] = create_app()
+        return made
+    raise AttributeError(name)

@@ -1,0 +1,44 @@
+"""The pages for people: /docs (Swagger UI) and /demo, with all their files from here, so that they work offline."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from flask import Response, send_from_directory
+from flask.typing import ResponseReturnValue
+from flask_openapi3 import OpenAPI
+
+OURS = Path(__file__).resolve().parent / "static"
+SWAGGER = Path(str(files("flask_openapi3_swagger"))) / "templates" / "swagger"
+STRICT = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+FOR_SWAGGER = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+
+
+def add(app: OpenAPI) -> None:
+    """Add the pages, the OpenAPI document, and the files that they need."""
+
+    @app.route("/openapi.json")
+    def openapi_json() -> ResponseReturnValue:
+        return app.json.response(app.api_doc)
+
+    @app.route("/docs")
+    def docs() -> Response:
+        return page("docs.html", FOR_SWAGGER)
+
+    @app.route("/demo")
+    def demo() -> Response:
+        return page("demo.html", STRICT)
+
+    @app.route("/static/<path:name>")
+    def static_file(name: str) -> Response:
+        return send_from_directory(OURS, name)
+
+    @app.route("/static/swagger/<path:name>")
+    def swagger_file(name: str) -> Response:
+        return send_from_directory(SWAGGER, name, max_age=86400)
+
+
+def page(name: str, policy: str) -> Response:
+    """A page that loads nothing from another host."""
+    response = send_from_directory(OURS, name)
+    response.headers["Content-Security-Policy"] = policy
+    return response

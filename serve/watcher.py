@@ -1,0 +1,150 @@
+"""Follow the registry: load the model that it names, and another when it names another; a broken one changes nothing."""
+
+import gc
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sentiment.errors import CheckpointError, ProjectError, RegistryError
+from sentiment.files import read_json
+from sentiment.registry import Registry
+from serve import metrics
+from serve.logs import event
+from serve.model import Model
+from serve.settings import Settings
+
+RETRY_SECONDS = 60.0  # until a model that failed is tried again, if the tags have not changed
+NICE = 10  # measuring engines gives way to serving
+log = logging.getLogger("serve.registry")
+
+
+class Watcher:
+    """The model in service, in `model` (None until one is loaded), and the thread that keeps it the one that should be."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.model: Model | None = None
+        self.failure: dict[str, str] | None = None
+        self.final = False  # whether the engine in use was measured
+        self.unmeasurable: str | None = None  # the conversions of a model whose measuring failed: not again and again
+        self.seen: str | None = None  # the tags that the model was found by
+        self.failed_at = float("-inf")
+        self.forced = False
+        self.wake = threading.Event()
+        self.registry: Registry | None = None
+        self.thread = threading.Thread(target=self.run, name="registry", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self.thread.start()
+
+    def look_now(self) -> None:
+        """Look at the registry at once, and try a model that failed again."""
+        self.forced = True
+        self.wake.set()
+
+    def run(self) -> None:
+        """Look at the tags again and again."""
+        while True:
+            try:
+                self.look()
+            except Exception as error:
+                self.fail("the registry cannot be read", error)
+            self.wake.wait(self.settings.poll_seconds)
+            self.wake.clear()
+
+    def look(self) -> None:
+        """Load the model that the tags name, if they have changed; or measure the engines of one that is served in fp32."""
+        forced, self.forced = self.forced, False
+        state = self.state()
+        retry = self.failure and time.monotonic() - self.failed_at > RETRY_SECONDS
+        if forced or retry or state != self.seen:
+            self.seen = state
+            self.bring(quick=True)
+        if self.model and not self.final and self.model.prepared["converted"] != self.unmeasurable:
+            self.bring(quick=False)
+
+    def state(self) -> str:
+        """What the tags are now; nothing changes for a plain folder."""
+        if Path(self.settings.model).is_dir():
+            return self.settings.model
+        if self.registry is None:
+            self.registry = Registry.open(self.settings.repo)
+        return self.registry.state()
+
+    def bring(self, quick: bool) -> None:
+        """Prepare and load the model, and let it take over if it is another one, or on another engine."""
+        try:
+            prepared = prepare(self.settings, quick)
+            if self.model and self.is_served(prepared):
+                self.final = prepared["final"]
+                self.failure = None
+                return
+            event(log, logging.INFO, "loading", version=prepared["version"], engine=prepared["choice"]["engine"])
+            model = Model.load(prepared, self.settings.threads, self.settings.batch_tokens)
+        except Exception as error:
+            self.fail("the model cannot be loaded" if quick else "the engines cannot be measured", error)
+            if self.model and not quick:
+                self.unmeasurable = self.model.prepared["converted"]
+            return
+        self.take_over(model, prepared["final"])
+
+    def is_served(self, prepared: dict[str, Any]) -> bool:
+        """Whether what was prepared is what serves already."""
+        same = ("version", "commit", "converted", "choice")
+        return bool(self.model and all(self.model.prepared[name] == prepared[name] for name in same))
+
+    def take_over(self, model: Model, final: bool) -> None:
+        """Serve this model from now on; requests that were tokenized for the one before are still computed by it."""
+        before, self.model = self.model, model
+        self.final, self.failure = final, None
+        metrics.serving(model, before)
+        event(
+            log, logging.INFO, "model loaded", version=model.version, commit=model.commit, device=model.choice.device,
+            engine=model.choice.engine, precision=model.choice.precision, why=model.choice.why, final=final,
+            macro_f1_change=model.choice.macro_f1_change, labels=",".join(model.labels), seconds=round(model.seconds, 2),
+            before=before.version if before else None,
+        )  # fmt: skip
+        del before
+        gc.collect()
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Say that something failed; what serves goes on serving."""
+        self.failed_at = time.monotonic()
+        self.failure = {"what": what, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        metrics.failed()
+        known = isinstance(error, ProjectError | subprocess.SubprocessError)
+        event(
+            log, logging.ERROR, what, error=f"{type(error).__name__}: {error}", still=self.model.version if self.model else None,
+            exc_info=None if known else error,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What /health says."""
+        model = self.model.describe() if self.model else {"model_version": None, "device": None}
+        return model | {"model_loaded": self.model is not None, "engine_measured": self.final, "failure": self.failure}
+
+
+def prepare(settings: Settings, quick: bool) -> dict[str, Any]:
+    """What serve.prepare finds, in a process of its own; raises CheckpointError or RegistryError with its words."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "prepared.json"
+        command = [sys.executable, "-m", "serve.prepare", "--output", str(output), "--model", settings.model]
+        command += ["--repo", settings.repo, "--engine", settings.engine, "--device", settings.device]
+        command += ["--cache", str(settings.cache), *(["--quick"] if quick else [])]
+        command += ["--reviews", str(settings.reviews)] if settings.reviews else []
+        command += ["--threads", str(settings.threads)] if settings.threads else []
+        nice = [] if quick else ["nice", "-n", str(NICE)]
+        done = subprocess.run([*nice, *command], capture_output=True, text=True, errors="replace", check=False)
+        if not output.is_file():
+            raise CheckpointError(f"serve.prepare ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        prepared: dict[str, Any] = read_json(output)
+    if "error" in prepared:
+        raise RegistryError(prepared["error"])
+    return prepared
