@@ -101,7 +101,7 @@ def choose(model: Path, converted: Path, engine: str, reviews: pd.DataFrame | No
             continue
         try:
             convert(classifier, converted, *each, examples)
-            speeds[each] = reviews_per_second(load(each, model, converted, threads), classifier.inference.max_length)
+            speeds[each] = reviews_per_second(load(each, model, converted, threads), classifier)
             log.info("%s %s: %.0f reviews a second", *each, speeds[each])
         except Exception as error:
             failed.append({**each._asdict(), "error": f"{type(error).__name__}: {first_line(error)}"})
@@ -203,11 +203,11 @@ def decide(engine: Engine, classifier: Classifier, reviews: Sequence[np.ndarray]
     return classifier.decide(values)
 
 
-def reviews_per_second(engine: Engine, longest: int) -> float:
+def reviews_per_second(engine: Engine, classifier: Classifier) -> float:
     """How many reviews of B2W's lengths an engine classifies in a second, at its best of three times."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(MEDIAN_TOKENS), SPREAD, TIMED_REVIEWS).astype(int), 3, longest)
-    reviews = [rng.integers(5, 1000, length) for length in lengths]
+    lengths = np.clip(rng.lognormal(np.log(MEDIAN_TOKENS), SPREAD, TIMED_REVIEWS).astype(int), 3, classifier.inference.max_length)
+    reviews = [rng.integers(0, classifier.tokenizer.get_vocab_size(), length) for length in lengths]
     engine.logits(reviews)
     seconds = []
     for _ in range(3):

@@ -1,0 +1,181 @@
+"""Which texts are computed together: budget, order, fairness, back-pressure, deadlines."""
+
+import threading
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+
+from serve.batcher import Batcher, FullError, Request, pick
+
+
+class Doubling:
+    """A model whose logits are twice the length of each text; it can be held back, and keeps what it was given."""
+
+    def __init__(self, batch_tokens=64):
+        self.batch_tokens = batch_tokens
+        self.batches = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def logits(self, reviews):
+        self.go.wait(10)
+        self.batches.append([len(ids) for ids in reviews])
+        return np.array([[2.0 * len(ids)] for ids in reviews])
+
+
+class Client:
+    """A request and what it was answered."""
+
+    def __init__(self, model, *lengths, seconds=30.0):
+        self.results, self.answered = [], threading.Event()
+        self.request = Request(model, [np.ones(n, np.int64) for n in lengths], self.done, time.monotonic() + seconds)
+
+    def done(self, result):
+        self.results.append(result)
+        self.answered.set()
+
+    def wait(self):
+        assert self.answered.wait(10)
+        return self.results[0]
+
+
+@pytest.fixture
+def model():
+    return Doubling()
+
+
+@pytest.fixture
+def batcher():
+    made = Batcher(places=64)
+    made.start()
+    yield made
+    made.close()
+
+
+def picked(model, *requests):
+    """The lengths picked from requests, given as lists of lengths; which request each is of."""
+    line = deque(Client(model, *lengths).request for lengths in requests)
+    order = {id(request): number for number, request in enumerate(line)}
+    return [(order[id(request)], len(request.reviews[index])) for request, index in pick(line, model)]
+
+
+def test_a_batch_holds_no_more_than_its_budget(model):
+    assert picked(model, [30], [30], [30]) == [(0, 30), (1, 30)]
+
+
+def test_a_text_longer_than_the_budget_goes_alone(model):
+    assert picked(model, [500], [4]) == [(0, 500)]
+
+
+def test_a_short_text_fills_what_a_long_one_leaves(model):
+    assert picked(model, [40], [40], [20]) == [(0, 40), (2, 20)]
+
+
+def test_the_oldest_request_is_in_every_batch(model):
+    line = deque(Client(model, *lengths).request for lengths in ([60], [4], [4], [4], [60]))
+    batches = []
+    while any(request.left for request in line):
+        line = deque(request for request in line if request.left)
+        oldest = line[0]
+        batches.append(pick(line, model))
+        assert batches[-1][0][0] is oldest
+    assert len(batches) == 3
+
+
+def test_one_large_request_does_not_hold_up_the_small_ones(model):
+    assert picked(model, [16] * 100, [16], [16]) == [(0, 16), (1, 16), (2, 16), (0, 16)]
+
+
+def test_texts_of_two_models_are_not_mixed(model):
+    other = Doubling()
+    line = deque([Client(model, 8).request, Client(other, 8).request, Client(model, 8).request])
+    assert [request for request, _ in pick(line, model)] == [line[0], line[2]]
+
+
+def test_answers_come_in_the_order_of_the_texts(batcher, model):
+    client = Client(model, 30, 4, 60, 12, 7)
+    batcher.submit(client.request)
+    assert client.wait()[:, 0].tolist() == [60, 8, 120, 24, 14]
+
+
+def test_what_waits_together_is_computed_together(batcher, model):
+    model.go.clear()
+    first, *rest = [Client(model, 10) for _ in range(7)]
+    batcher.submit(first.request)
+    while batcher.waiting:
+        time.sleep(0.001)
+    for client in rest:
+        batcher.submit(client.request)
+    model.go.set()
+    assert [client.wait()[0, 0] for client in (first, *rest)] == [20] * 7
+    assert model.batches == [[10], [10] * 6]
+
+
+def test_a_full_line_refuses_and_says_when_to_come_again(model):
+    batcher = Batcher(places=4)  # not started: nothing is taken
+    for _ in range(4):
+        batcher.submit(Client(model, 10).request)
+    with pytest.raises(FullError) as error:
+        batcher.submit(Client(model, 10).request)
+    assert error.value.retry_after >= 1
+    assert batcher.waiting == 4
+
+
+def test_places_are_free_again_after_an_answer(model):
+    batcher = Batcher(places=2)
+    clients = [Client(model, 10), Client(model, 10)]
+    for client in clients:
+        batcher.submit(client.request)
+    batcher.start()
+    for client in clients:
+        client.wait()
+    batcher.submit(Client(model, 10).request)
+    batcher.close()
+    assert (batcher.waiting, batcher.waiting_tokens) == (0, 0)
+
+
+def test_a_failing_model_fails_its_requests_and_not_the_next(batcher, model):
+    class Failing(Doubling):
+        def logits(self, reviews):
+            raise ValueError("nada feito")
+
+    bad, good = Client(Failing(), 8, 70, 70), Client(model, 8)
+    batcher.submit(bad.request)
+    assert isinstance(bad.wait(), ValueError)
+    batcher.submit(good.request)
+    assert good.wait()[0, 0] == 16
+    assert len(bad.results) == 1
+    assert (batcher.waiting, batcher.waiting_tokens) == (0, 0)
+
+
+def test_a_late_request_is_given_up_and_not_computed(batcher, model):
+    late, good = Client(model, 9, seconds=-1), Client(model, 8)
+    batcher.submit(late.request)
+    batcher.submit(good.request)
+    assert isinstance(late.wait(), TimeoutError)
+    good.wait()
+    assert model.batches == [[8]]
+
+
+def test_what_was_taken_is_finished_at_the_end(model):
+    batcher = Batcher(places=64)
+    clients = [Client(model, 40) for _ in range(5)]
+    for client in clients:
+        batcher.submit(client.request)
+    batcher.start()
+    batcher.close()
+    assert all(client.answered.is_set() for client in clients)
+
+
+def test_a_batch_waits_for_company_no_longer_than_it_may(model):
+    batcher = Batcher(places=64, wait_seconds=0.3)
+    batcher.start()
+    first, second = Client(model, 10), Client(model, 10)
+    batcher.submit(first.request)
+    batcher.submit(second.request)
+    first.wait()
+    second.wait()
+    batcher.close()
+    assert model.batches == [[10, 10]]
