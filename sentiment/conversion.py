@@ -66,22 +66,28 @@ def read_choice(converted: Path, engine: str) -> Choice | None:
         if kept["machine"] != machine():
             return None
         choice = Choice(**kept["choice"])
-        there = choice.engine == "torch" or (converted / graph_name(choice.engine, choice.precision)).is_file()
-        return choice if there else None
+        return choice if all((converted / name).is_file() for name in graph_files(choice)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def graph_files(choice: Choice) -> set[str]:
+    """The files that a choice's engine reads: none for torch, which reads the model folder."""
+    if choice.engine == "torch":
+        return set()
+    graph = graph_name(choice.engine, choice.precision)
+    return {graph, graph.replace(".xml", ".bin")}
 
 
 def write_choice(converted: Path, engine: str, choice: Choice) -> None:
     """Keep a choice, for this machine, and drop the graphs that no choice needs."""
     write_json(converted / f"{engine}.json", {"machine": machine(), "choice": choice.as_dict()})
-    needed = set()
+    needed: set[str] = set()
     for name in ("auto", *engines.ENGINES):
         if kept := read_choice(converted, name):
-            graph = graph_name(kept.engine, kept.precision)
-            needed |= {graph, graph.replace(".xml", ".bin"), graph + ".data"}
+            needed |= graph_files(kept)
     for path in converted.iterdir():
-        if path.suffix in (".xml", ".bin", ".onnx", ".data") and path.name not in needed:
+        if path.suffix in (".xml", ".bin", ".onnx") and path.name not in needed:
             path.unlink()
     remove(converted / "quick")
 
