@@ -30,6 +30,7 @@ MODEL = "models/sentiment"
 FIRST_VERSION = "v1.0.0"
 EXPERIMENTS = (".dvc", "tmp", "exps")
 PREDICTIONS = "data/predictions/test.parquet"
+COPIES = Path("models/registry/copies")  # of the tags of git URLs
 HOLDING_REF = "refs/sentiment/snapshot"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:")  # https://…, ssh://…, file://…, git@host:owner/name
 GIT_SECONDS = 600
@@ -89,7 +90,7 @@ class Registry:
         self.root, self.address = root, address
 
     @classmethod
-    def open(cls, where: str | Path, copies: Path = Path("models/registry/copies")) -> "Registry":
+    def open(cls, where: str | Path, copies: Path = COPIES) -> "Registry":
         """The registry of a folder in a clone, or of a git URL, whose tags are then copied to a folder in `copies`.
 
         Raises RegistryError if there is no repository.

@@ -73,7 +73,6 @@ def create_app(settings: Settings | None = None, client: Any = None) -> Flask:
         validation_error_model=schemas.Problem, security_schemes=security(settings), static_folder=None,
     )  # fmt: skip
     app.request_class, app.json = JsonRequest, OrJson(app)
-    app.url_map.strict_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     problems.register(app)
     observe(app, settings)

@@ -47,18 +47,24 @@ Picked = list[tuple[Request, int]]
 
 
 class FullError(Exception):
-    """Too many texts wait; come again in `retry_after` seconds."""
+    """Too many requests or texts wait; come again in `retry_after` seconds."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"too many texts are waiting; come again in {retry_after} s")
+        super().__init__(f"too many requests are waiting; come again in {retry_after} s")
         self.retry_after = retry_after
 
 
 class Batcher:
     """The waiting requests, and the thread that computes them."""
 
-    def __init__(self, places: int, wait_seconds: float = 0.0, observe: Callable[[int, int, float], None] | None = None) -> None:
-        self.places, self.wait_seconds = places, wait_seconds
+    def __init__(
+        self,
+        places: int,
+        text_places: int = 1024,
+        wait_seconds: float = 0.0,
+        observe: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        self.places, self.text_places, self.wait_seconds = places, text_places, wait_seconds
         self.observe = observe
         self.requests: deque[Request] = deque()
         self.waiting = 0
@@ -81,9 +87,13 @@ class Batcher:
             self.thread.join()
 
     def submit(self, request: Request) -> None:
-        """Put a request at the end of the line; raises FullError if all places are taken."""
+        """Put a request at the end of the line; raises FullError if all places are taken.
+
+        A request of one text needs a place for a request alone: it gets on however many texts of others wait.
+        """
         with self.changed:
-            if self.waiting >= self.places:
+            many = len(request.reviews) > 1
+            if len(self.requests) >= self.places or (many and self.waiting >= self.text_places):
                 raise FullError(self.seconds_to_wait())
             self.requests.append(request)
             self.waiting += len(request.reviews)

@@ -20,7 +20,7 @@ batch_texts = Histogram("sentiment_batch_texts", "Texts computed together", buck
 batch_tokens = Histogram("sentiment_batch_tokens", "Tokens computed together", buckets=TOKENS)
 inference = Histogram("sentiment_inference_seconds", "Time to compute a batch", buckets=SECONDS)
 queue = Gauge("sentiment_queue_texts", "Texts that wait to be computed", multiprocess_mode="livesum")
-full = Counter("sentiment_rejected_requests", "Requests answered 503 because too many texts were waiting")
+full = Counter("sentiment_rejected_requests", "Requests answered 503 because too many were waiting")
 model_info = Gauge(
     "sentiment_model_info", "1 for the model in service", ["version", "engine", "precision"], multiprocess_mode="livesum"
 )

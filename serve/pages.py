@@ -2,9 +2,9 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from flask import Response, send_from_directory
-from flask.typing import ResponseReturnValue
 from flask_openapi3 import OpenAPI
 
 OURS = Path(__file__).resolve().parent / "static"
@@ -17,7 +17,7 @@ def add(app: OpenAPI) -> None:
     """Add the pages, the OpenAPI document, and the files that they need."""
 
     @app.route("/openapi.json")
-    def openapi_json() -> ResponseReturnValue:
+    def openapi_json() -> Any:
         return app.json.response(app.api_doc)
 
     @app.route("/docs")

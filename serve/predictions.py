@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 from flask import g, request
-from flask.typing import ResponseReturnValue
 from flask_openapi3 import OpenAPI, Tag
 
 from sentiment.text import clean
@@ -54,14 +53,14 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         return answer
 
     @app.post("/predict", summary="The sentiment of a text", responses={200: schemas.PredictionOfModel, **refusals}, **shared)
-    def predict(body: text_body) -> ResponseReturnValue:  # type: ignore[valid-type]
+    def predict(body: text_body) -> Any:  # type: ignore[valid-type]
         answer = classify([not_blank(body.text)])  # type: ignore[attr-defined]
         return app.json.response(answer["results"][0] | {"model_version": answer["model_version"]})
 
     @app.post(
         "/predict/batch", summary="The sentiment of several texts", responses={200: schemas.BatchAnswer, **refusals}, **shared
     )
-    def predict_batch(body: texts_body) -> ResponseReturnValue:  # type: ignore[valid-type]
+    def predict_batch(body: texts_body) -> Any:  # type: ignore[valid-type]
         texts: list[Any] = body.texts  # type: ignore[attr-defined]
         results: list[Any] = [wrong_with(text, settings.max_text_chars) for text in texts]
         good = [k for k, wrong in enumerate(results) if wrong is None]
@@ -76,7 +75,7 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         responses={200: schemas.Explanation, **refusals},
         **shared,
     )
-    def explain_text(body: text_body) -> ResponseReturnValue:  # type: ignore[valid-type]
+    def explain_text(body: text_body) -> Any:  # type: ignore[valid-type]
         text: str = not_blank(body.text)  # type: ignore[attr-defined]
         spans = explain.words(text)
         most = min(explain.MOST_WORDS, settings.max_texts - 1)

@@ -26,23 +26,24 @@ from serve.settings import load as load_settings
 from serve.watcher import Watcher
 
 SOCKET = "predictor.sock"
+LAST = "prepared.json"  # what the model was loaded from, for a process that takes over from one that died
 log = logging.getLogger("serve.predictor")
 
 
 class Predictor:
     """The model in service, its batcher, and the answers to messages."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.batcher = Batcher(settings.queue, settings.batch_wait_ms / 1000, self.observe)
-        self.watcher = Watcher(settings)
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.batcher = Batcher(settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe)
+        self.watcher = Watcher(settings, folder / LAST)
 
     def observe(self, texts: int, tokens: int, seconds: float) -> None:
         """Count a batch that was computed."""
         metrics.observe_batch(texts, tokens, seconds)
         metrics.waiting(self.batcher.waiting)
 
-    async def serve(self, path: Path) -> None:
+    async def serve(self) -> None:
         """Answer until standard input ends or SIGTERM comes; then answer what was taken."""
         loop, ending = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, ending.set)
@@ -50,7 +51,7 @@ class Predictor:
         threading.Thread(target=wait_for_end, args=(lambda: loop.call_soon_threadsafe(ending.set),), daemon=True).start()
         self.batcher.start()
         self.watcher.start()
-        server = await asyncio.start_unix_server(self.connection, path, backlog=1024)
+        server = await asyncio.start_unix_server(self.connection, self.folder / SOCKET, backlog=1024)
         async with server:
             await ending.wait()
         await asyncio.to_thread(self.batcher.close)
@@ -71,12 +72,18 @@ class Predictor:
     async def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to a message: of the model, or an `error` with its `status`."""
         if message["do"] == "describe":
-            return self.watcher.describe() | {"waiting": self.batcher.waiting}
+            return self.watcher.describe() | {
+                "waiting_requests": len(self.batcher.requests),
+                "waiting_texts": self.batcher.waiting,
+            }
+        deadline = time.monotonic() + message["seconds"]
+        while not self.watcher.looked and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         model = self.watcher.model
         if model is None:
             return {"error": "no model is loaded yet", "status": 503, "retry_after": int(self.settings.poll_seconds) + 1}
         try:
-            return await self.predict(model, message["texts"], message["seconds"])
+            return await self.predict(model, message["texts"], deadline)
         except FullError as error:
             metrics.rejected()
             return {"error": str(error), "status": 503, "retry_after": error.retry_after}
@@ -86,7 +93,7 @@ class Predictor:
             log.exception("a prediction failed")
             return {"error": "the model failed on this text", "status": 500}
 
-    async def predict(self, model: Model, texts: list[str], seconds: float) -> dict[str, Any]:
+    async def predict(self, model: Model, texts: list[str], deadline: float) -> dict[str, Any]:
         """The model's answers to texts; raises FullError or TimeoutError."""
         start = time.perf_counter()
         reviews, cut = model.encode(texts)
@@ -96,7 +103,7 @@ class Predictor:
         def done(result: np.ndarray | Exception) -> None:
             loop.call_soon_threadsafe(settle, future, result)
 
-        self.batcher.submit(Request(model, reviews, done, deadline=time.monotonic() + seconds))
+        self.batcher.submit(Request(model, reviews, done, deadline=deadline))
         metrics.waiting(self.batcher.waiting)
         logits = await future
         results = model.answers(logits, cut)
@@ -128,7 +135,7 @@ def main() -> None:
     logs.describe_machine()
     with contextlib.suppress(FileNotFoundError):
         (folder / SOCKET).unlink()
-    asyncio.run(Predictor(settings).serve(folder / SOCKET))
+    asyncio.run(Predictor(settings, folder).serve())
     os._exit(0)  # threads of the engines have nothing left to do, and some wait for ever
 
 

@@ -17,7 +17,7 @@ from sentiment.engines import Choice
 from sentiment.errors import ProjectError
 from sentiment.files import write_json
 from sentiment.logs import first_line
-from sentiment.registry import Registry, Version
+from sentiment.registry import COPIES, Registry, Version
 
 SHOWN_METRICS = ("f1_macro", "f1_macro_low", "f1_macro_high", "f1", "accuracy", "roc_auc", "reviews")
 log = logging.getLogger("serve.prepare")
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--engine", default="auto", choices=["auto", *engines.ENGINES])
     made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     made.add_argument("--cache", type=Path, default=conversion.CACHE)
+    made.add_argument("--copies", type=Path, default=COPIES)
     made.add_argument("--reviews", type=Path, help="labelled reviews, instead of the version's own test split")
     made.add_argument("--threads", type=int)
     made.add_argument("--quick", action="store_true", help="do not measure engines if that was not done before")
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """What the serving process needs to load the model; see Prepared in serve/model.py for the keys."""
-    registry, version, folder = locate(options.model, options.repo)
+    registry, version, folder = locate(options.model, options.repo, options.copies)
     found = {"version": version.name if version else folder.name, "commit": version.commit if version else None}
     choice, converted, final = choose(options, registry, version, folder)
     return found | {
@@ -61,11 +62,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def locate(name: str, repo: str) -> tuple[Registry | None, Version | None, Path]:
+def locate(name: str, repo: str, copies: Path) -> tuple[Registry | None, Version | None, Path]:
     """The registry, the version and the folder of a model; the first two are None for a plain folder."""
     if Path(name).is_dir():
         return None, None, Path(name)
-    registry = Registry.open(repo)
+    registry = Registry.open(repo, copies)
     registry.fetch()
     version = registry.find(name)
     return registry, version, registry.folder(version)

@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one")
     threads: Count | None = Field(None, description="of the engine; default: all processors (of the container's quota)")
     cache: Path = Field(Path("models/registry/engines"), description="folder for converted models")
+    copies: Path = Field(Path("models/registry/copies"), description="folder for what a git URL's tags are copied to")
     reviews: Path | None = Field(
         None, description="Parquet with columns text and label, to measure int8 on; default: the version's own test split"
     )
@@ -43,7 +44,8 @@ class Settings(BaseSettings):
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="how long a batch that is not full waits for company; 0 measured best"
     )
-    queue: Count = Field(256, description="texts that may wait; beyond that the answer is 503")
+    queue: Count = Field(256, description="requests that may wait; beyond that the answer is 503")
+    queue_texts: Count = Field(1024, description="texts that may wait; beyond that a request of several texts is answered 503")
     timeout_seconds: Seconds = Field(30.0, description="for an answer; then 504")
     read_seconds: Seconds = Field(10.0, description="for a client to send its request")
     max_body_bytes: Count = Field(1 << 20, description="of a request; beyond that 413")

@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import Response
-from flask.typing import ResponseReturnValue
 from flask_openapi3 import OpenAPI, Tag
 
 from serve import metrics, schemas
@@ -36,17 +35,17 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         try:
             found: dict[str, Any] = client.ask({"do": "describe"}, PROBE_SECONDS)
         except (TimeoutError, UnreachableError):
-            found = {"model_loaded": False, "model_version": None, "device": None, "waiting": None}
+            found = {"model_loaded": False, "model_version": None, "device": None, "waiting_requests": 0}
         return found
 
     @app.get("/", summary="What this is", responses={200: schemas.Root}, **shared)
-    def root() -> ResponseReturnValue:
+    def root() -> Any:
         found = state()
         status = "ok" if found["model_loaded"] else "unavailable"
         return app.json.response(name="sentiment", version=found["model_version"], status=status, routes=ROUTES)
 
     @app.get("/health", summary="The model in service", responses={200: schemas.Health, 503: schemas.Health}, **shared)
-    def health() -> ResponseReturnValue:
+    def health() -> Any:
         found = state()
         status = "ok" if found["model_loaded"] else "unavailable"
         response = app.json.response({"status": status, "timestamp": datetime.now(UTC).isoformat(), **found})
@@ -54,16 +53,16 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         return response
 
     @app.get("/live", summary="Whether the service runs", responses={200: schemas.Status}, **shared)
-    def live() -> ResponseReturnValue:
+    def live() -> Any:
         return app.json.response(status="alive")
 
     @app.get("/ready", summary="Whether it takes requests", responses={200: schemas.Status, 503: schemas.Problem}, **shared)
-    def ready() -> ResponseReturnValue:
+    def ready() -> Any:
         found = state()
         if not found["model_loaded"]:
             raise RefusedError(503, "no model is loaded", retry_after=2)
-        if found["waiting"] >= settings.queue:
-            raise RefusedError(503, "too many texts are waiting", retry_after=1)
+        if found["waiting_requests"] >= settings.queue:
+            raise RefusedError(503, "too many requests are waiting", retry_after=1)
         return app.json.response(status="ready")
 
     @app.get(
@@ -72,5 +71,5 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
         **shared,
     )
-    def prometheus() -> ResponseReturnValue:
+    def prometheus() -> Any:
         return Response(metrics.exposition(), content_type="text/plain; version=0.0.4; charset=utf-8")

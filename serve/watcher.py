@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sentiment.errors import CheckpointError, ProjectError, RegistryError
-from sentiment.files import read_json
+from sentiment.files import read_json, write_json
 from sentiment.registry import Registry
 from serve import metrics
 from serve.logs import event
@@ -27,10 +27,11 @@ log = logging.getLogger("serve.registry")
 class Watcher:
     """The model in service, in `model` (None until one is loaded), and the thread that keeps it the one that should be."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, last: Path) -> None:
+        self.settings, self.last = settings, last
         self.model: Model | None = None
         self.failure: dict[str, str] | None = None
+        self.looked = False  # whether there was time to load a model
         self.final = False  # whether the engine in use was measured
         self.unmeasurable: str | None = None  # the conversions of a model whose measuring failed: not again and again
         self.seen: str | None = None  # the tags that the model was found by
@@ -51,13 +52,25 @@ class Watcher:
 
     def run(self) -> None:
         """Look at the tags again and again."""
+        self.resume()
         while True:
             try:
                 self.look()
             except Exception as error:
                 self.fail("the registry cannot be read", error)
+            self.looked = True
             self.wake.wait(self.settings.poll_seconds)
             self.wake.clear()
+
+    def resume(self) -> None:
+        """Load at once what a process before this one served, if there was one: it died, and clients wait."""
+        if not self.last.is_file():
+            return
+        try:
+            prepared = read_json(self.last)
+            self.take_over(Model.load(prepared, self.settings.threads, self.settings.batch_tokens), prepared)
+        except Exception as error:
+            self.fail("the model served before cannot be loaded again", error)
 
     def look(self) -> None:
         """Load the model that the tags name, if they have changed; or measure the engines of one that is served in fp32."""
@@ -75,7 +88,7 @@ class Watcher:
         if Path(self.settings.model).is_dir():
             return self.settings.model
         if self.registry is None:
-            self.registry = Registry.open(self.settings.repo)
+            self.registry = Registry.open(self.settings.repo, self.settings.copies)
         return self.registry.state()
 
     def bring(self, quick: bool) -> None:
@@ -93,21 +106,22 @@ class Watcher:
             if self.model and not quick:
                 self.unmeasurable = self.model.prepared["converted"]
             return
-        self.take_over(model, prepared["final"])
+        self.take_over(model, prepared)
+        write_json(self.last, prepared)
 
     def is_served(self, prepared: dict[str, Any]) -> bool:
         """Whether what was prepared is what serves already."""
         same = ("version", "commit", "converted", "choice")
         return bool(self.model and all(self.model.prepared[name] == prepared[name] for name in same))
 
-    def take_over(self, model: Model, final: bool) -> None:
+    def take_over(self, model: Model, prepared: dict[str, Any]) -> None:
         """Serve this model from now on; requests that were tokenized for the one before are still computed by it."""
         before, self.model = self.model, model
-        self.final, self.failure = final, None
+        self.final, self.failure, self.looked = prepared["final"], None, True
         metrics.serving(model, before)
         event(
             log, logging.INFO, "model loaded", version=model.version, commit=model.commit, device=model.choice.device,
-            engine=model.choice.engine, precision=model.choice.precision, why=model.choice.why, final=final,
+            engine=model.choice.engine, precision=model.choice.precision, why=model.choice.why, final=self.final,
             macro_f1_change=model.choice.macro_f1_change, labels=",".join(model.labels), seconds=round(model.seconds, 2),
             before=before.version if before else None,
         )  # fmt: skip
@@ -137,7 +151,7 @@ def prepare(settings: Settings, quick: bool) -> dict[str, Any]:
         output = Path(folder) / "prepared.json"
         command = [sys.executable, "-m", "serve.prepare", "--output", str(output), "--model", settings.model]
         command += ["--repo", settings.repo, "--engine", settings.engine, "--device", settings.device]
-        command += ["--cache", str(settings.cache), *(["--quick"] if quick else [])]
+        command += ["--cache", str(settings.cache), "--copies", str(settings.copies), *(["--quick"] if quick else [])]
         command += ["--reviews", str(settings.reviews)] if settings.reviews else []
         command += ["--threads", str(settings.threads)] if settings.threads else []
         nice = [] if quick else ["nice", "-n", str(NICE)]

@@ -119,8 +119,11 @@ class Service:
 
         found = {"workers": [], "predictor": []}
         for child in psutil.Process(self.process.pid).children():
-            kind = "predictor" if "serve.predictor" in " ".join(child.cmdline()) else "workers"
-            found[kind].append(child.pid)
+            try:
+                kind = "predictor" if "serve.predictor" in " ".join(child.cmdline()) else "workers"
+                found[kind].append(child.pid)
+            except psutil.Error:  # it has just died
+                continue
         return found
 
 
@@ -131,13 +134,13 @@ def parsed(response):
 
 
 class Load:
-    """Clients that ask without pause, each over a connection that it keeps, until told to stop; a context manager.
+    """Clients that ask again and again, each over a connection that it keeps, until told to stop; a context manager.
 
     `answers` holds (status, model version) of every answer, `errors` what else happened.
     """
 
-    def __init__(self, service, clients=8, text="adorei o produto"):
-        self.service, self.text, self.clients = service, text, clients
+    def __init__(self, service, clients=4, text="adorei o produto", pause=0.01):
+        self.service, self.text, self.pause = service, text, pause
         self.answers, self.errors, self.stopped = [], [], threading.Event()
         self.threads = [threading.Thread(target=self.ask) for _ in range(clients)]
 
@@ -154,7 +157,7 @@ class Load:
     def ask(self):
         body = json.dumps({"text": self.text}).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=40)
-        while not self.stopped.is_set():
+        while not self.stopped.wait(self.pause):
             try:
                 connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
                 response = connection.getresponse()

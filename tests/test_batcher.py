@@ -123,6 +123,14 @@ def test_a_full_line_refuses_and_says_when_to_come_again(model):
     assert batcher.waiting == 4
 
 
+def test_texts_of_others_keep_out_a_request_of_many_but_not_one_of_a_single_text(model):
+    batcher = Batcher(places=64, text_places=10)
+    batcher.submit(Client(model, *[8] * 10).request)
+    with pytest.raises(FullError):
+        batcher.submit(Client(model, 8, 8).request)
+    batcher.submit(Client(model, 8).request)
+
+
 def test_places_are_free_again_after_an_answer(model):
     batcher = Batcher(places=2)
     clients = [Client(model, 10), Client(model, 10)]
