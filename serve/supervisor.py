@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.multiprocess import mark_process_dead
-
 log = logging.getLogger("serve.supervisor")
 RUN_FOLDER = "_SENTIMENT_RUN"  # environment variable: a private folder of this run, with the socket and the metrics' files
 STOP_SECONDS = 30.0
@@ -34,7 +32,12 @@ def make_run_folder() -> Path:
 
 
 def forget(pid: int) -> None:
-    """Take a dead process out of the metrics that count living ones."""
+    """Take a dead process out of the metrics that count living ones.
+
+    Imported here, since that library looks for PROMETHEUS_MULTIPROC_DIR when it is imported.
+    """
+    from prometheus_client.multiprocess import mark_process_dead
+
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
