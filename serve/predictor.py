@@ -2,17 +2,19 @@
 
 Run: python -m serve.predictor FOLDER  (serve/supervisor.py does; FOLDER holds the socket). It ends with its standard input.
 
-Threads: the main one reads messages and tokenizes, `inference` computes, `registry` looks at the tags and loads new models.
+Threads: one for each connection reads messages and tokenizes, `inference` computes and sends the answers, `registry` looks at
+the tags and loads new models. An idle processor takes its time to wake up, so a message passes through as few as can be.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from serve.watcher import Watcher
 
 SOCKET = "predictor.sock"
 LAST = "prepared.json"  # what the model was loaded from, for a process that takes over from one that died
+SEND_SECONDS = 5.0  # for an HTTP process to take an answer
 log = logging.getLogger("serve.predictor")
 
 
@@ -34,7 +37,7 @@ class Predictor:
     """The model in service, its batcher, and the answers to messages."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+        self.settings, self.path = settings, folder / SOCKET
         self.batcher = Batcher(settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe)
         self.watcher = Watcher(settings, folder / LAST)
 
@@ -43,99 +46,106 @@ class Predictor:
         metrics.observe_batch(texts, tokens, seconds)
         metrics.waiting(self.batcher.waiting)
 
-    async def serve(self) -> None:
-        """Answer until standard input ends or SIGTERM comes; then answer what was taken."""
-        loop, ending = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, ending.set)
-        loop.add_signal_handler(signal.SIGHUP, self.watcher.look_now)
-        threading.Thread(target=wait_for_end, args=(lambda: loop.call_soon_threadsafe(ending.set),), daemon=True).start()
+    def start(self) -> None:
+        """Begin to load, to listen and to answer."""
+        self.path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen(1024)
         self.batcher.start()
         self.watcher.start()
-        server = await asyncio.start_unix_server(self.connection, self.folder / SOCKET, backlog=1024)
-        async with server:
-            await ending.wait()
-        await asyncio.to_thread(self.batcher.close)
-        log.info("the model's process ends")
+        threading.Thread(target=self.accept, args=(listener,), daemon=True).start()
 
-    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the messages of a connection, one after the other."""
-        try:
+    def accept(self, listener: socket.socket) -> None:
+        """Give each connection a thread."""
+        while True:
+            connection, _ = listener.accept()
+            connection.settimeout(None)
+            send_limit(connection, SEND_SECONDS)
+            threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
+
+    def converse(self, connection: socket.socket) -> None:
+        """Answer the messages of a connection, which come one at a time."""
+        with connection, contextlib.suppress(OSError):
             while True:
-                message = await wire.read(reader)
-                writer.write(wire.packed(await self.answer(message)))
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+                self.answer(wire.read(connection), connection)
 
-    async def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a message: of the model, or an `error` with its `status`."""
+    def answer(self, message: dict[str, Any], connection: socket.socket) -> None:
+        """Answer a message: with what the model says, or with an `error` and its `status`."""
         if message["do"] == "describe":
-            return self.watcher.describe() | {
-                "waiting_requests": len(self.batcher.requests),
-                "waiting_texts": self.batcher.waiting,
-            }
+            waiting = {"waiting_requests": len(self.batcher.requests), "waiting_texts": self.batcher.waiting}
+            return wire.send(connection, self.watcher.describe() | waiting)
         deadline = time.monotonic() + message["seconds"]
-        while not self.watcher.looked and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        self.watcher.looked.wait(message["seconds"])
         model = self.watcher.model
         if model is None:
-            return {"error": "no model is loaded yet", "status": 503, "retry_after": int(self.settings.poll_seconds) + 1}
+            return wire.send(connection, unavailable("no model is loaded yet", int(self.settings.poll_seconds) + 1))
         try:
-            return await self.predict(model, message["texts"], deadline)
+            start = time.perf_counter()
+            reviews, cut = model.encode(message["texts"])
+            done = partial(finish, connection, model, cut, start)
+            self.batcher.submit(Request(model, reviews, done, deadline))
         except FullError as error:
             metrics.rejected()
-            return {"error": str(error), "status": 503, "retry_after": error.retry_after}
-        except TimeoutError as error:
-            return {"error": str(error), "status": 504}
-        except Exception:
-            log.exception("a prediction failed")
-            return {"error": "the model failed on this text", "status": 500}
-
-    async def predict(self, model: Model, texts: list[str], deadline: float) -> dict[str, Any]:
-        """The model's answers to texts; raises FullError or TimeoutError."""
-        start = time.perf_counter()
-        reviews, cut = model.encode(texts)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[np.ndarray] = loop.create_future()
-
-        def done(result: np.ndarray | Exception) -> None:
-            loop.call_soon_threadsafe(settle, future, result)
-
-        self.batcher.submit(Request(model, reviews, done, deadline=deadline))
+            wire.send(connection, unavailable(str(error), error.retry_after))
+        except Exception as error:
+            finish(connection, model, [], 0.0, error)
         metrics.waiting(self.batcher.waiting)
-        logits = await future
-        results = model.answers(logits, cut)
-        return {"results": results, "model_version": model.version, "seconds": time.perf_counter() - start}
+        return None
+
+    def close(self) -> None:
+        """Answer what was taken."""
+        self.batcher.close()
 
 
-def settle(future: "asyncio.Future[np.ndarray]", result: np.ndarray | Exception) -> None:
-    """Give a future its result or its exception, unless nobody waits for it."""
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
+def finish(connection: socket.socket, model: Model, cut: list[bool], start: float, result: np.ndarray | Exception) -> None:
+    """Send the answer to a request whose logits, or whose failure, has come; nothing happens if nobody waits for it any more."""
+    if isinstance(result, TimeoutError):
+        answer: dict[str, Any] = {"error": str(result), "status": 504}
+    elif isinstance(result, Exception):
+        log.error("a prediction failed", exc_info=result)
+        answer = {"error": "the model failed on this text", "status": 500}
     else:
-        future.set_result(result)
+        results = model.answers(result, cut)
+        answer = {"results": results, "model_version": model.version, "seconds": time.perf_counter() - start}
+    with contextlib.suppress(OSError):
+        wire.send(connection, answer)
 
 
-def wait_for_end(ended: Any) -> None:
-    """Call `ended` when standard input ends, as it does with the process that started this one."""
+def unavailable(why: str, retry_after: int) -> dict[str, Any]:
+    """An answer that tells to come again."""
+    return {"error": why, "status": 503, "retry_after": retry_after}
+
+
+def send_limit(connection: socket.socket, seconds: float) -> None:
+    """Let sending fail after so long, and reading never: a stopped HTTP process must not stop the model."""
+    whole = int(seconds)
+    timeval = wire.TIMEVAL.pack(whole, int(1e6 * (seconds - whole)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
+def wait_for_end(ending: threading.Event) -> None:
+    """Set `ending` when standard input ends, as it does with the process that started this one."""
     with contextlib.suppress(OSError):
         while sys.stdin.buffer.read(1024):
             pass
-    ended()
+    ending.set()
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: the first one decides
     settings, folder = load_settings(), Path(sys.argv[1])
     logs.setup(settings)
     logs.describe_machine()
-    with contextlib.suppress(FileNotFoundError):
-        (folder / SOCKET).unlink()
-    asyncio.run(Predictor(settings, folder).serve())
+    predictor, ending = Predictor(settings, folder), threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: the first one decides
+    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    signal.signal(signal.SIGHUP, lambda *_: predictor.watcher.look_now())
+    threading.Thread(target=wait_for_end, args=(ending,), daemon=True).start()
+    predictor.start()
+    ending.wait()
+    predictor.close()
+    log.info("the model's process ends")
+    logging.shutdown()
     os._exit(0)  # threads of the engines have nothing left to do, and some wait for ever
 
 

@@ -31,7 +31,7 @@ class Watcher:
         self.settings, self.last = settings, last
         self.model: Model | None = None
         self.failure: dict[str, str] | None = None
-        self.looked = False  # whether there was time to load a model
+        self.looked = threading.Event()  # set once there was time to load a model
         self.final = False  # whether the engine in use was measured
         self.unmeasurable: str | None = None  # the conversions of a model whose measuring failed: not again and again
         self.seen: str | None = None  # the tags that the model was found by
@@ -58,7 +58,7 @@ class Watcher:
                 self.look()
             except Exception as error:
                 self.fail("the registry cannot be read", error)
-            self.looked = True
+            self.looked.set()
             self.wake.wait(self.settings.poll_seconds)
             self.wake.clear()
 
@@ -117,7 +117,8 @@ class Watcher:
     def take_over(self, model: Model, prepared: dict[str, Any]) -> None:
         """Serve this model from now on; requests that were tokenized for the one before are still computed by it."""
         before, self.model = self.model, model
-        self.final, self.failure, self.looked = prepared["final"], None, True
+        self.final, self.failure = prepared["final"], None
+        self.looked.set()
         metrics.serving(model, before)
         event(
             log, logging.INFO, "model loaded", version=model.version, commit=model.commit, device=model.choice.device,

@@ -1,6 +1,5 @@
 """Messages between the HTTP processes and the model's process: JSON behind its length, over a Unix socket."""
 
-import asyncio
 import socket
 import struct
 import threading
@@ -11,6 +10,7 @@ from typing import Any
 import orjson
 
 LENGTH = struct.Struct("!I")
+TIMEVAL = struct.Struct("@ll")  # seconds and microseconds, as the system's socket options take them
 RETRY_SECONDS = 0.05
 
 
@@ -24,10 +24,15 @@ def packed(message: Any) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-async def read(reader: asyncio.StreamReader) -> Any:
-    """The next message; raises asyncio.IncompleteReadError at the end."""
-    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-    return orjson.loads(await reader.readexactly(length))
+def send(connection: socket.socket, message: Any) -> None:
+    """Send a message; raises OSError if it is not taken."""
+    connection.sendall(packed(message))
+
+
+def read(connection: socket.socket) -> Any:
+    """The next message, waiting for it; raises ConnectionError at the end."""
+    (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
+    return orjson.loads(receive(connection, length))
 
 
 class Client:
@@ -74,14 +79,12 @@ class Client:
             self.local.connection = None
 
 
-def receive(connection: socket.socket, size: int, deadline: float) -> bytes:
-    """Exactly `size` bytes; raises ConnectionError at the end of the stream, TimeoutError at the deadline."""
+def receive(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
+    """Exactly `size` bytes; raises ConnectionError at the end of the stream, TimeoutError at the deadline, if there is one."""
     data = bytearray()
     while len(data) < size:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connection.settimeout(left)
+        if deadline is not None:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         part = connection.recv(size - len(data))
         if not part:
             raise ConnectionError("the model's process went away")
