@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sentiment import conversion, engines, logs, selection
+from sentiment import conversion, engines, logs
 from sentiment.engines import Choice
 from sentiment.errors import ProjectError
 from sentiment.files import write_json
@@ -85,6 +85,8 @@ def choose(
         return gpu, converted, True
     if kept := known(options, converted):
         return kept, converted, True
+    from sentiment import selection
+
     if options.quick:
         converted /= "quick"
         with conversion.locked(converted):
@@ -122,6 +124,8 @@ def on_gpu(device: str, engine: str) -> Choice | None:
 def reviews(options: argparse.Namespace, registry: Registry | None, version: Version | None) -> Any:
     """The labelled reviews to measure engines on, or None, with a line in the log, where they are not to be had."""
     if options.reviews:
+        from sentiment import selection
+
         return selection.read_reviews(options.reviews)
     if not registry or not version:
         return None

@@ -68,7 +68,7 @@ class Watcher:
             return
         try:
             prepared = read_json(self.last)
-            self.take_over(Model.load(prepared, self.settings.threads, self.settings.batch_tokens), prepared)
+            self.take_over(Model.load(prepared, self.settings.threads, self.settings.batch_tokens))
         except Exception as error:
             self.fail("the model served before cannot be loaded again", error)
 
@@ -99,25 +99,39 @@ class Watcher:
                 self.final = prepared["final"]
                 self.failure = None
                 return
-            event(log, logging.INFO, "loading", version=prepared["version"], engine=prepared["choice"]["engine"])
-            model = Model.load(prepared, self.settings.threads, self.settings.batch_tokens)
+            model = self.load(prepared, quick)
         except Exception as error:
             self.fail("the model cannot be loaded" if quick else "the engines cannot be measured", error)
             if self.model and not quick:
                 self.unmeasurable = self.model.prepared["converted"]
             return
-        self.take_over(model, prepared)
-        write_json(self.last, prepared)
+        self.take_over(model)
+        write_json(self.last, model.prepared)
+
+    def load(self, prepared: dict[str, Any], quick: bool) -> Model:
+        """Load a model that was prepared; raises CheckpointError.
+
+        Another service may have finished measuring this model's engines in between, and so removed the graph that was made in
+        a hurry: then its choice is there to be loaded.
+        """
+        event(log, logging.INFO, "loading", version=prepared["version"], engine=prepared["choice"]["engine"])
+        try:
+            return Model.load(prepared, self.settings.threads, self.settings.batch_tokens)
+        except CheckpointError:
+            again = prepare(self.settings, quick)
+            if again["converted"] == prepared["converted"]:
+                raise
+            return Model.load(again, self.settings.threads, self.settings.batch_tokens)
 
     def is_served(self, prepared: dict[str, Any]) -> bool:
         """Whether what was prepared is what serves already."""
         same = ("version", "commit", "converted", "choice")
         return bool(self.model and all(self.model.prepared[name] == prepared[name] for name in same))
 
-    def take_over(self, model: Model, prepared: dict[str, Any]) -> None:
+    def take_over(self, model: Model) -> None:
         """Serve this model from now on; requests that were tokenized for the one before are still computed by it."""
         before, self.model = self.model, model
-        self.final, self.failure = prepared["final"], None
+        self.final, self.failure = model.prepared["final"], None
         self.looked.set()
         metrics.serving(model, before)
         event(

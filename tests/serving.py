@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from sentiment import conversion, selection
+
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120
 
@@ -20,6 +22,14 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def choose_engine(folder, cache):
+    """Make the choice of a model's engine beforehand, so that services with this cache start in a moment."""
+    converted = conversion.folder_of(cache, folder)
+    with conversion.locked(converted):
+        conversion.write_choice(converted, "openvino", selection.choose(folder, converted, "openvino", None))
+    return cache
 
 
 class Service:
@@ -34,6 +44,7 @@ class Service:
             "log_file": self.log_file,
             "cache": folder / "engines",
             "poll_seconds": 0.2,
+            "engine": "openvino",
         }
         kept = {name: value for name, value in environment.items() if not name.startswith("SERVE_")}
         self.environment = kept | {f"SERVE_{name.upper()}": str(value) for name, value in (given | settings).items()}

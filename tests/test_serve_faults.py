@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import models
-from serving import Load, Service
+from serving import Load, Service, choose_engine
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,14 @@ def folder(tmp_path_factory):
     return models.model_folder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def cache(folder, tmp_path_factory):
+    return choose_engine(folder, tmp_path_factory.mktemp("engines"))
+
+
 @pytest.fixture
-def service(folder, environment, tmp_path):
-    with Service(tmp_path / "service", environment, model=folder) as made:
+def service(folder, cache, environment, tmp_path):
+    with Service(tmp_path / "service", environment, model=folder, cache=cache) as made:
         yield made
 
 
@@ -111,12 +116,12 @@ def test_ctrl_c_in_the_terminal_ends_it_as_gently(service):
 def test_nothing_is_left_behind_when_the_first_process_is_killed(service):
     everything = [psutil.Process(pid) for pids in service.children().values() for pid in pids]
     service.process.kill()
-    gone, left = psutil.wait_procs(everything, timeout=20)
+    _, left = psutil.wait_procs(everything, timeout=20)
     assert not left
 
 
-def test_an_answer_that_takes_too_long_is_504_and_the_next_is_right(folder, environment, tmp_path):
-    with Service(tmp_path / "service", environment, model=folder, timeout_seconds=1) as service:
+def test_an_answer_that_takes_too_long_is_504_and_the_next_is_right(folder, cache, environment, tmp_path):
+    with Service(tmp_path / "service", environment, model=folder, cache=cache, timeout_seconds=1) as service:
         (predictor,) = service.children()["predictor"]
         expected = service.predict("não gostei")
         os.kill(predictor, signal.SIGSTOP)
@@ -127,9 +132,9 @@ def test_an_answer_that_takes_too_long_is_504_and_the_next_is_right(folder, envi
         assert service.predict("não gostei") == expected
 
 
-def test_too_many_waiting_texts_are_503_with_a_time_to_come_again(folder, environment, tmp_path):
+def test_too_many_waiting_texts_are_503_with_a_time_to_come_again(folder, cache, environment, tmp_path):
     many = {"texts": [f"produto {k} veio quebrado e não recomendo a ninguém" for k in range(256)]}
-    with Service(tmp_path / "service", environment, model=folder, queue_texts=1, batch_tokens=32) as service:
+    with Service(tmp_path / "service", environment, model=folder, cache=cache, queue_texts=1, batch_tokens=32) as service:
         (predictor,) = service.children()["predictor"]
         os.kill(predictor, signal.SIGSTOP)
         asked = [Asked(service, "/predict/batch", many) for _ in range(6)]
