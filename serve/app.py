@@ -17,7 +17,7 @@ from flask import Flask, Request, Response, g, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 from pydantic_core import from_json
-from werkzeug.exceptions import UnprocessableEntity
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnprocessableEntity
 
 from serve import logs, metrics, pages, predictions, problems, schemas, state
 from serve.settings import Settings, load, unknown
@@ -35,12 +35,26 @@ class JsonRequest(Request):
 
     def get_json(self, *_: Any, **__: Any) -> Any:
         """The body's value; raises UnprocessableEntity where it is no JSON."""
-        data = self.get_data(cache=False)
+        data = self.read_body()
         self.environ.get(READ, lambda: None)()
         try:
             return from_json(data, allow_inf_nan=False)
         except ValueError as error:
             raise UnprocessableEntity(f"the body is no JSON ({error})") from error
+
+    def read_body(self) -> bytes:
+        """The body; raises RequestEntityTooLarge over the limit, BadRequest where it is cut off or its chunks are none."""
+        try:
+            data = self.get_data(cache=False)
+            if self.content_length is None and len(data) == self.max_content_length:
+                raise RequestEntityTooLarge  # in chunks, of which the rest was not read
+        except HTTPException:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) or type(error).__module__.startswith("gunicorn."):
+                raise BadRequest(f"the body cannot be read ({type(error).__name__})") from error
+            raise
+        return data
 
 
 class OrJson(JSONProvider):
@@ -74,6 +88,7 @@ def create_app(settings: Settings | None = None, client: Any = None) -> Flask:
     )  # fmt: skip
     app.request_class, app.json = JsonRequest, OrJson(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.url_map.merge_slashes = False  # or it redirects, to a host that the client named
     problems.register(app)
     observe(app, settings)
     predictions.add(app, settings, client)
@@ -89,9 +104,9 @@ def socket_path() -> Path:
     return Path(os.environ[RUN_FOLDER]) / "predictor.sock"
 
 
-def security(settings: Settings) -> dict[str, Any] | None:
+def security(settings: Settings) -> dict[str, Any]:
     """The OpenAPI document's word on the key, if one is needed."""
-    return {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}} if settings.api_key else None
+    return {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}} if settings.api_key else {}
 
 
 def observe(app: Flask, settings: Settings) -> None:

@@ -18,7 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from serve.settings import Settings
+from gunicorn import glogging
+
+from serve.settings import Settings, load
 
 PREVIEW = 50  # characters
 PLAIN = re.compile(r"[\w./:@%+,#-]+")
@@ -27,11 +29,14 @@ log = logging.getLogger("serve")
 
 
 def setup(settings: Settings) -> None:
-    """Send the log to standard error and to settings.log_file."""
+    """Send the log to standard error and to settings.log_file; ends the process if that cannot be written."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if settings.log_file:
-        settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(SharedFile(settings.log_file, settings.log_bytes, settings.log_files))
+        try:
+            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(SharedFile(settings.log_file, settings.log_bytes, settings.log_files))
+        except OSError as error:
+            sys.exit(f"the service cannot start:\n  SERVE_LOG_FILE: {error.strerror}: {settings.log_file}")
     form = JsonFormatter() if settings.log_format == "json" else TextFormatter()
     for handler in handlers:
         handler.setFormatter(form)
@@ -68,7 +73,8 @@ class JsonFormatter(logging.Formatter):
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        text = json.dumps(entry, ensure_ascii=False, default=str)
+        return text if text.isprintable() else json.dumps(entry, default=str)
 
 
 def one_line(message: str) -> str:
@@ -106,6 +112,16 @@ def describe_machine() -> None:
     event(
         log, logging.INFO, "start", python=platform.python_version(), **versions, system=platform.platform(), cores=cores()
     )  # fmt: skip
+
+
+class GunicornLogger(glogging.Logger):  # type: ignore[misc]
+    """Gunicorn's own lines, in the form and the places of the service's."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        setup(load())
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
 
 
 class SharedFile(logging.handlers.WatchedFileHandler):

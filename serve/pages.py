@@ -7,6 +7,8 @@ from typing import Any
 from flask import Response, send_from_directory
 from flask_openapi3 import OpenAPI
 
+from serve.problems import TYPE
+
 OURS = Path(__file__).resolve().parent / "static"
 SWAGGER = Path(str(files("flask_openapi3_swagger"))) / "templates" / "swagger"
 STRICT = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -18,7 +20,7 @@ def add(app: OpenAPI) -> None:
 
     @app.route("/openapi.json")
     def openapi_json() -> Any:
-        return app.json.response(app.api_doc)
+        return app.json.response(corrected(app.api_doc))
 
     @app.route("/docs")
     def docs() -> Response:
@@ -42,3 +44,16 @@ def page(name: str, policy: str) -> Response:
     response = send_from_directory(OURS, name)
     response.headers["Content-Security-Policy"] = policy
     return response
+
+
+def corrected(document: dict[str, Any]) -> dict[str, Any]:
+    """The framework's OpenAPI document with the errors as they are sent: of their own media type, and no 422 to a GET."""
+    for methods in document["paths"].values():
+        for method, operation in methods.items():
+            if method == "get":
+                operation["responses"].pop("422", None)
+            for response in operation["responses"].values():
+                for media in list(response.get("content", {})):
+                    if "/Problem" in str(response["content"][media]):
+                        response["content"] = {TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return document

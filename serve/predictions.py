@@ -20,8 +20,8 @@ def check_key(settings: Settings) -> None:
     """Raise RefusedError unless the request has the key, if one is needed; takes the same time for every wrong key."""
     if settings.api_key is None:
         return
-    bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    given = request.headers.get("X-API-Key") or bearer
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = request.headers.get("X-API-Key") or (bearer if scheme.lower() == "bearer" else "")
     if not hmac.compare_digest(given.encode("utf-8", "replace"), settings.api_key.get_secret_value().encode()):
         raise RefusedError(401, "an API key is needed, in the header X-API-Key")
 
@@ -35,7 +35,7 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
 
     @app.before_request
     def check() -> None:
-        if request.method == "POST":
+        if request.method == "POST" and request.url_rule:
             check_key(settings)
 
     def classify(texts: list[str]) -> dict[str, Any]:
@@ -108,11 +108,16 @@ def not_blank(text: str) -> str:
 def wrong_with(text: Any, longest: int) -> dict[str, Any] | None:
     """What is wrong with a text of a batch, or None."""
     if not isinstance(text, str):
-        return {"error": problems.problem(422, "Input should be a valid string")}
+        return {"error": item(422, "Input should be a valid string")}
     if not text:
-        return {"error": problems.problem(422, "String should have at least 1 character")}
+        return {"error": item(422, "String should have at least 1 character")}
     if len(text) > longest:
-        return {"error": problems.problem(422, f"String should have at most {longest} characters")}
+        return {"error": item(422, f"String should have at most {longest} characters")}
     if not clean(text):
-        return {"error": problems.problem(400, "holds nothing but blanks")}
+        return {"error": item(400, "holds nothing but blanks")}
     return None
+
+
+def item(status: int, detail: str) -> dict[str, Any]:
+    """A problem with one text of a batch."""
+    return problems.problem(status, detail, g.get("request_id"))

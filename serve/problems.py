@@ -20,21 +20,23 @@ class RefusedError(Exception):
         self.status, self.detail, self.retry_after = status, detail, retry_after
 
 
-def problem(status: int, detail: str) -> dict[str, Any]:
+def problem(status: int, detail: str, request_id: str | None) -> dict[str, Any]:
     """A problem's JSON object."""
     return {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "request_id": g.get("request_id"),
+        "request_id": request_id,
     }
 
 
 def answer(status: int, detail: str, retry_after: int | None = None) -> Response:
     """A problem as a response."""
-    response = jsonify(problem(status, detail))
+    response = jsonify(problem(status, detail, g.get("request_id")))
     response.status_code, response.content_type = status, TYPE
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response

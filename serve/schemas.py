@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from serve.settings import Settings
 
 EXAMPLE = "Este produto é excelente! Recomendo muito."
+OTHER = "Veio quebrado e ninguém responde."
 
 
 class Body(BaseModel):
@@ -118,8 +119,10 @@ def bodies(settings: Settings) -> tuple[type[Body], type[Body]]:
     )  # fmt: skip
     texts = Field(
         description=f"the reviews; one that is no string, empty, or over {settings.max_text_chars} characters spoils no other",
-        min_length=1, max_length=settings.max_texts, examples=[[EXAMPLE, "Veio quebrado e ninguém responde."]],
+        min_length=1, max_length=settings.max_texts, examples=[[EXAMPLE, OTHER]],
     )  # fmt: skip
     one = create_model("Text", __base__=Body, __doc__="A text to classify.", text=(str, text))
     many = create_model("Texts", __base__=Body, __doc__="Texts to classify.", texts=(list[Any], texts))
+    one.model_config["openapi_extra"] = {"example": {"text": EXAMPLE}}  # type: ignore[typeddict-unknown-key]
+    many.model_config["openapi_extra"] = {"example": {"texts": [EXAMPLE, OTHER]}}  # type: ignore[typeddict-unknown-key]
     return one, many

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "SERVE_"
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -98,8 +98,8 @@ def load() -> Settings:
     try:
         settings = Settings()  # type: ignore[call-arg]
     except ValidationError as error:
-        lines = [f"{PREFIX}{'_'.join(map(str, each['loc'][:1])).upper()}: {each['msg']}" for each in error.errors()]
-        sys.exit("the service cannot start:\n  " + "\n  ".join(lines))
+        found = {str((each["loc"] or ("queue",))[0]).upper(): each["msg"] for each in error.errors()}  # of a union, the last
+        sys.exit("the service cannot start:\n  " + "\n  ".join(f"{PREFIX}{name}: {what}" for name, what in found.items()))
     return settings
 
 

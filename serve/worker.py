@@ -1,30 +1,40 @@
-"""Gunicorn's threaded worker, which hangs up on clients that take too long to send their request."""
+"""Gunicorn's threaded worker, which hangs up on clients that take too long, and refuses as the application does."""
 
 import contextlib
+import logging
 import select
 import signal
 import socket
 import threading
 import time
+import uuid
+from http import HTTPStatus
 from typing import Any
 
+import orjson
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from serve.logs import event
+from serve.problems import TYPE, problem
 from serve.settings import load
 
 LINGER_SECONDS = 0.05
+REFUSED = {"LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417, "UnsupportedTransferCoding": 501}
+log = logging.getLogger("serve.request")
 READ = "sentiment.read"  # in a request's environ: call it once the request has been read
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """A worker whose threads no client can hold: one that does not send its request in time loses its connection."""
+    """A worker whose threads no client can hold: one that does not send its request, or take its answer, loses its connection."""
 
     wsgi: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.reading: dict[TConn, float] = {}
-        self.read_seconds = load().read_seconds
+        settings = load()
+        self.deadlines: dict[TConn, float] = {}
+        self.read_seconds = settings.read_seconds
+        self.answer_seconds = settings.timeout_seconds + settings.read_seconds  # for the model, and for the client to read
         self.local = threading.local()
 
     def init_signals(self) -> None:
@@ -44,13 +54,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return result
 
     def handle_one(self, conn: TConn) -> Any:
-        """Answer a request, its reading watched."""
-        self.reading[conn] = time.monotonic() + self.read_seconds
+        """Answer a request, its time watched."""
+        self.allow(conn, self.read_seconds)
         self.local.conn = conn
         try:
             return super().handle(conn)
         finally:
-            self.reading.pop(conn, None)
+            self.deadlines.pop(conn, None)
+
+    def allow(self, conn: TConn, seconds: float) -> None:
+        """Let what comes next over a connection take so long."""
+        self.deadlines[conn] = time.monotonic() + seconds
 
     def next_comes(self, conn: TConn) -> bool:
         """Whether the client's next request begins to arrive within a moment."""
@@ -70,7 +84,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
         def watched(environ: dict[str, Any], start_response: Any) -> Any:
             conn = self.local.conn
-            environ[READ] = lambda: self.reading.pop(conn, None)
+            environ[READ] = lambda: self.allow(conn, self.answer_seconds)
             return application(environ, start_response)
 
         self.wsgi = watched
@@ -79,7 +93,22 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Hang up on slow clients, at each turn of Gunicorn's loop."""
         super().murder_keepalived(force)
         now = time.monotonic()
-        for conn, deadline in list(self.reading.items()):
+        for conn, deadline in list(self.deadlines.items()):
             if deadline < now:
                 with contextlib.suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:  # noqa: ARG002
+        """Answer what Gunicorn refuses by itself (it is no HTTP, or too long) as the application answers its errors."""
+        refused = type(exc).__module__.startswith("gunicorn.")
+        status = REFUSED.get(type(exc).__name__, 400) if refused else 500
+        request_id = uuid.uuid4().hex
+        event(
+            log, logging.INFO if refused else logging.ERROR, "refused", exc_info=None if refused else exc, id=request_id,
+            client=addr[0] if addr else "unix", status=status, error=type(exc).__name__,
+        )  # fmt: skip
+        detail = "this is no HTTP request that is answered here" if refused else "something failed here"
+        body = orjson.dumps(problem(status, detail, request_id))
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {TYPE}\r\nX-Request-ID: {request_id}\r\n"
+        with contextlib.suppress(OSError):
+            client.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)

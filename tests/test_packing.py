@@ -28,7 +28,7 @@ def alone(classifier, ids):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packed_logits_equal_those_of_each_review_alone(classifier, seed):
-    lengths = np.random.default_rng(seed).integers(1, 33, 12).tolist() + [1, 32]
+    lengths = [*np.random.default_rng(seed).integers(1, 33, 12).tolist(), 1, 32]
     texts = reviews(lengths, seed)
     with torch.inference_mode():
         found = PackedBert(classifier.model).eval()(*(torch.from_numpy(part) for part in pack(texts)))[: len(texts)].numpy()

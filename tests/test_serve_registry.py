@@ -3,6 +3,7 @@
 import shutil
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -74,7 +75,7 @@ def test_no_request_fails_while_a_better_model_takes_over_and_while_going_back(r
         assert load.errors == []
         assert {status for status, _ in load.answers} == {200}
         seen = [version for _, version in load.answers]
-        changes = [after for before, after in zip(seen, seen[1:], strict=False) if before != after]
+        changes = [after for before, after in pairwise(seen) if before != after]
         assert seen[0] == seen[-1] == "v1.0.0"
         assert "v1.1.0" in changes
         assert len(service.children()["predictor"]) == 1
@@ -110,7 +111,7 @@ def test_a_broken_model_leaves_the_old_one_serving_and_is_reported(repository, e
         assert (status, health["model_version"]) == (200, "v1.0.0")
         assert health["failure"]["what"] == "the model cannot be loaded"
         assert str(tmp_path) not in str(health)
-        assert {answer for answer in load.answers} == {(200, "v1.0.0")}
+        assert set(load.answers) == {(200, "v1.0.0")}
         assert load.errors == []
         assert metric(service, "sentiment_model_load_failures_total") >= 1
         assert any("ERROR serve.registry" in line and "still=v1.0.0" in line for line in service.log())
