@@ -154,7 +154,7 @@ class Load:
     `answers` holds (status, model version) of every answer, `errors` what else happened.
     """
 
-    def __init__(self, service, clients=4, text="adorei o produto", pause=0.01):
+    def __init__(self, service, clients=3, text="adorei o produto", pause=0.02):
         self.service, self.text, self.pause = service, text, pause
         self.answers, self.errors, self.stopped = [], [], threading.Event()
         self.threads = [threading.Thread(target=self.ask) for _ in range(clients)]
