@@ -57,6 +57,18 @@ def test_the_library_uses_neither_stages_nor_server():
     assert packages("sentiment").isdisjoint({"stages", "serve"})
 
 
+def test_the_server_uses_the_library_and_not_the_stages():
+    assert "sentiment" in packages("serve")
+    assert "stages" not in packages("serve")
+
+
+@pytest.mark.parametrize("module", ["serve.app", "serve.predictor", "serve.prepare"])
+def test_what_serves_imports_neither_torch_nor_what_training_needs(module):
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'dvc', 'pandas', 'sklearn'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == []
+
+
 def test_every_stage_is_a_module_and_every_module_a_stage():
     assert {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
     assert all(f"-m stages.{name}" in stage["cmd"] for name, stage in STAGES.items())
