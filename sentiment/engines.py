@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("openvino", "onnxruntime", "torch")
 ROW_TOKENS = 256  # of a packed row: wide enough that matrices fill the cores, narrow enough that attention stays cheap
+LANE_TOKENS = 192  # of a row that one thread computes: a wider one is no faster
 GPU_TOKENS = 16_384
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -30,6 +31,11 @@ class Engine(Protocol):
     """A loaded model. `logits` may be called by one thread at a time."""
 
     batch_tokens: int  # what one call best holds
+
+    @property
+    def lanes(self) -> Sequence["Engine"]:
+        """The same model in narrow engines, if there are any: they compute side by side, but not beside this one."""
+        ...
 
     def logits(self, reviews: Sequence[np.ndarray]) -> np.ndarray:
         """The logits of reviews that are token ids, [CLS] and [SEP] included: float32 [reviews, classes]."""
@@ -56,15 +62,17 @@ class Choice:
         return asdict(self)
 
 
-def load(folder: Path, converted: Path, choice: Choice, threads: int | None = None) -> Engine:
+def load(folder: Path, converted: Path, choice: Choice, threads: int | None = None, lanes: int = 0) -> Engine:
     """The engine of a choice: from the model's folder for torch, else from the folder of its conversions.
+
+    OpenVINO gets so many `lanes` beside it: they compute more than it does together, and a single review slower.
 
     Raises CheckpointError if that cannot be read.
     """
     threads = threads or cores()
     try:
         if choice.engine == "openvino":
-            return OpenVino(converted / graph_name(choice.engine, choice.precision), choice.precision, threads)
+            return OpenVino.load(converted / graph_name(choice.engine, choice.precision), choice.precision, threads, lanes)
         if choice.engine == "onnxruntime":
             return OnnxRuntime(converted / graph_name(choice.engine, choice.precision), threads)
     except Exception as error:
@@ -84,6 +92,7 @@ class Packed:
     """An engine that reads packed rows, one after the other."""
 
     batch_tokens = ROW_TOKENS
+    lanes: Sequence["Packed"] = ()
 
     def logits(self, reviews: Sequence[np.ndarray]) -> np.ndarray:
         """The logits of the reviews: float32 [reviews, classes]."""
@@ -103,27 +112,33 @@ class Packed:
         for width in sorted({row_width(n) for n in range(1, max(self.batch_tokens, longest) + 1)}):
             part = max(1, width // capacity(width))
             self.run(pack([np.ones(part, np.int64)] * (width // part)))
+        for lane in self.lanes:
+            lane.warm_up(longest)
 
 
 class OpenVino(Packed):
     """OpenVINO on the CPU. int8 and bf16 leave what they do not quantise to bf16, where the processor has it."""
 
-    def __init__(self, graph: Path, precision: str, threads: int) -> None:
+    def __init__(self, request: Any, batch_tokens: int = ROW_TOKENS, lanes: Sequence[Packed] = ()) -> None:
+        self.request, self.batch_tokens, self.lanes = request, batch_tokens, lanes
+
+    @classmethod
+    def load(cls, graph: Path, precision: str, threads: int, lanes: int = 0) -> "OpenVino":
+        """The graph on all threads, and again as lanes, on its share of them each."""
         import openvino
 
         core = openvino.Core()
         core.set_property({"ENABLE_MMAP": True})
-        compiled = core.compile_model(
-            str(graph),
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and bf16_on_openvino() else "f32",
-                "INFERENCE_NUM_THREADS": threads,
-                "NUM_STREAMS": 1,
-                "ENABLE_CPU_PINNING": False,  # two services on one machine would be pinned to the same cores
-            },
-        )
-        self.request = compiled.create_infer_request()
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision != "fp32" and bf16_on_openvino() else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # two services on one machine would be pinned to the same cores
+        }
+        whole = core.compile_model(str(graph), "CPU", settings | {"NUM_STREAMS": 1}).create_infer_request()
+        if lanes < 2:
+            return cls(whole)
+        streams = core.compile_model(str(graph), "CPU", settings | {"NUM_STREAMS": lanes})
+        return cls(whole, lanes=[cls(streams.create_infer_request(), LANE_TOKENS) for _ in range(lanes)])
 
     def run(self, row: Row) -> np.ndarray:
         """The logits of a row's reviews: [width // 4, classes]."""
@@ -162,6 +177,8 @@ class OnnxRuntime(Packed):
 
 class Torch:
     """A classifier of any architecture, in padded batches of like lengths."""
+
+    lanes: Sequence[Engine] = ()
 
     def __init__(self, classifier: "Classifier") -> None:
         self.classifier = classifier

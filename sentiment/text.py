@@ -13,6 +13,7 @@ def clean(text: str, lowercase: bool = False) -> str:
     """The text in NFC, control characters and runs of blanks as one space, none at the ends."""
     if not text.isascii() or not text.isprintable():
         text = unicodedata.normalize("NFC", text)
+    if not text.isprintable():
         text = "".join(" " if is_not_text(char) else char for char in text)
     text = " ".join(text.split())
     return text.lower() if lowercase else text

@@ -3,25 +3,41 @@
 Requests wait in the order of their arrival. A batch takes one text of each request, the oldest request first, and goes round
 again while texts fit. So the oldest request is in every batch, a request of one text is not held up by one of hundreds, and
 that one gets on with each batch, too.
+
+An engine that has lanes (sentiment/engines.py) computes a lone text on all its threads, which is soonest done, and what waits in
+a line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share of the cores.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
 
+LOOK_AHEAD = 4  # texts, beyond those that fit, that may go before one of them
+USUAL = 0.9  # tokens that are computed for a usual batch's cost of one
+STEP = 32  # tokens that a lane's batch is padded to a multiple of (sentiment.packing.row_width)
+SHORTEST = 4  # tokens that a text takes at least (sentiment.packing.capacity)
 
-class Loaded(Protocol):
-    """What the batcher needs of a model."""
+
+class Engine(Protocol):
+    """What computes a batch."""
 
     @property
     def batch_tokens(self) -> int: ...
 
     def logits(self, reviews: Sequence[np.ndarray]) -> np.ndarray: ...
+
+
+class Loaded(Engine, Protocol):
+    """What the batcher needs of a model: an engine, and perhaps lanes, which compute side by side, though not beside it."""
+
+    @property
+    def lanes(self) -> Sequence[Engine]: ...
 
 
 @dataclass
@@ -33,14 +49,25 @@ class Request:
     done: Callable[[np.ndarray | Exception], None]
     deadline: float
     arrived: float = field(default_factory=time.monotonic)
-    taken: int = 0
+    left: list[int] = field(default_factory=list)  # indices of the texts that still wait
     answered: int = 0
+    failed: bool = False
     logits: list[Any] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.left = list(range(len(self.reviews)))
+
     @property
-    def left(self) -> int:
-        """Texts that are still waiting."""
-        return len(self.reviews) - self.taken
+    def tokens_left(self) -> int:
+        """Tokens of the texts that still wait."""
+        return sum(len(self.reviews[k]) for k in self.left)
+
+    def keep(self, index: int, values: np.ndarray) -> bool:
+        """Keep the logits of a text; whether that was the last one."""
+        self.logits = self.logits or [None] * len(self.reviews)
+        self.logits[index] = values
+        self.answered += 1
+        return self.answered == len(self.reviews) and not self.failed
 
 
 Picked = list[tuple[Request, int]]
@@ -63,6 +90,7 @@ class Batcher:
         text_places: int = 1024,
         wait_seconds: float = 0.0,
         observe: Callable[[int, int, float], None] | None = None,
+        lanes: int = 1,
     ) -> None:
         self.places, self.text_places, self.wait_seconds = places, text_places, wait_seconds
         self.observe = observe
@@ -72,19 +100,22 @@ class Batcher:
         self.tokens_per_second = 1000.0
         self.changed = threading.Condition()
         self.closed = False
-        self.thread = threading.Thread(target=self.run, name="inference", daemon=True)
+        self.busy: list[Engine] = []
+        self.threads = [threading.Thread(target=self.run, name=f"inference {k}", daemon=True) for k in range(lanes)]
 
     def start(self) -> None:
         """Begin to compute."""
-        self.thread.start()
+        for thread in self.threads:
+            thread.start()
 
     def close(self) -> None:
         """Compute what waits, then end."""
         with self.changed:
             self.closed = True
-            self.changed.notify()
-        if self.thread.ident:
-            self.thread.join()
+            self.changed.notify_all()
+        for thread in self.threads:
+            if thread.ident:
+                thread.join()
 
     def submit(self, request: Request) -> None:
         """Put a request at the end of the line; raises FullError if all places are taken.
@@ -106,27 +137,46 @@ class Batcher:
 
     def run(self) -> None:
         """Take batch after batch until closed and empty."""
-        while picked := self.take():
-            self.compute(picked)
+        while work := self.take():
+            engine, picked = work
+            self.compute(engine, picked)
+            with self.changed:
+                self.busy.remove(engine)
+                self.changed.notify_all()
 
-    def take(self) -> Picked:
-        """The next batch, waiting for one; nothing once closed and empty."""
+    def take(self) -> tuple[Engine, Picked] | None:
+        """The next batch and what computes it, waiting for both; nothing once closed and empty."""
         with self.changed:
-            while not self.requests and not self.closed:
+            while True:
+                if self.wait_seconds and self.requests and not self.closed:
+                    self.wait_for_company()
+                self.drop_late()
+                if self.requests and (engine := self.free_engine(self.requests[0].model)):
+                    self.busy.append(engine)
+                    return engine, self.pick(engine, engine is not self.requests[0].model)
+                if self.closed and not self.requests:
+                    return None
                 self.changed.wait()
-            if self.wait_seconds and self.requests and not self.closed:
-                self.wait_for_company()
-            self.drop_late()
-            if not self.requests:
-                return [] if self.closed else self.take()
-            picked = pick(self.requests, self.requests[0].model)
-            for request, index in picked:
-                self.waiting -= 1
-                self.waiting_tokens -= len(request.reviews[index])
-            while self.requests and not self.requests[0].left:
-                self.requests.popleft()
-            self.requests = deque(request for request in self.requests if request.left)
-            return picked
+
+    def free_engine(self, model: Loaded) -> Engine | None:
+        """What is to compute the next batch: all of the engine for a lone text or what one lane would hold, else the lanes."""
+        few = self.waiting == 1 or self.waiting_tokens <= (model.lanes[0].batch_tokens if model.lanes else 0)
+        if not self.busy and (few or not model.lanes):
+            return model
+        if any(each not in model.lanes for each in self.busy):
+            return None
+        return next((lane for lane in model.lanes if lane not in self.busy), None)
+
+    def pick(self, engine: Engine, lane: bool) -> Picked:
+        """Take a batch out of the line."""
+        picked = pick(self.requests, self.requests[0].model, engine.batch_tokens, STEP if lane else 1)
+        for request, index in picked:
+            self.waiting -= 1
+            self.waiting_tokens -= len(request.reviews[index])
+        self.requests = deque(request for request in self.requests if request.left)
+        if self.requests:
+            self.changed.notify()  # another thread may have a lane for them
+        return picked
 
     def wait_for_company(self) -> None:
         """Wait until a batch is full, but not longer than `wait_seconds` after the oldest arrived."""
@@ -140,29 +190,27 @@ class Batcher:
         now = time.monotonic()
         for request in [each for each in self.requests if each.deadline < now]:
             self.requests.remove(request)
-            self.waiting -= request.left
-            self.waiting_tokens -= sum(len(ids) for ids in request.reviews[request.taken :])
+            self.waiting -= len(request.left)
+            self.waiting_tokens -= request.tokens_left
             request.done(TimeoutError("the answer took too long"))
 
-    def compute(self, picked: Picked) -> None:
+    def compute(self, engine: Engine, picked: Picked) -> None:
         """Compute a batch, and hand over the requests that are complete with it."""
-        model = picked[0][0].model
         reviews = [request.reviews[index] for request, index in picked]
         tokens, start = sum(map(len, reviews)), time.perf_counter()
         try:
-            logits: Any = model.logits(reviews)
+            logits: Any = engine.logits(reviews)
         except Exception as error:
             for request in {id(request): request for request, _ in picked}.values():
                 self.give_up(request, error)
             return
         seconds = time.perf_counter() - start
-        self.tokens_per_second += 0.1 * (tokens / max(seconds, 1e-6) - self.tokens_per_second)
-        for (request, index), values in zip(picked, logits, strict=True):
-            request.logits = request.logits or [None] * len(request.reviews)
-            request.logits[index] = values
-            request.answered += 1
-            if request.answered == len(request.reviews):
-                request.done(np.stack(request.logits))
+        with self.changed:
+            rate = tokens * len(self.busy) / max(seconds, 1e-6)
+            self.tokens_per_second += 0.1 * (rate - self.tokens_per_second)
+            complete = [request for (request, index), values in zip(picked, logits, strict=True) if request.keep(index, values)]
+        for request in complete:
+            request.done(np.stack(request.logits))
         if self.observe:
             self.observe(len(picked), tokens, seconds)
 
@@ -171,31 +219,67 @@ class Batcher:
         with self.changed:
             if request in self.requests:
                 self.requests.remove(request)
-                self.waiting -= request.left
-                self.waiting_tokens -= sum(len(ids) for ids in request.reviews[request.taken :])
-        request.done(error)
+                self.waiting -= len(request.left)
+                self.waiting_tokens -= request.tokens_left
+            first, request.failed = not request.failed, True
+        if first:
+            request.done(error)
 
 
-def pick(requests: deque[Request], model: Loaded) -> Picked:
-    """One text of each request in turn, the oldest first, again and again while they fit the model's budget of tokens.
+def pick(requests: deque[Request], model: Loaded, budget: int, step: int = 1) -> Picked:
+    """Texts of all requests in turn, the oldest first, that make a batch of at most `budget` tokens; they are taken.
 
-    The very first text is always taken, however long. Advances `taken` of each request.
+    The oldest is always among them, however long. Of those that follow it as far as the budget goes, and a few more, it takes
+    what fills a multiple of `step` tokens best: what it leaves will be computed with what comes next.
     """
-    picked: Picked = []
-    room = model.batch_tokens
-    progress = True
-    while progress and room > 0:
-        progress = False
-        for request in requests:
-            if request.model is not model or not request.left:
-                continue
-            length = len(request.reviews[request.taken])
-            if picked and max(length, 4) > room:
-                continue
-            picked.append((request, request.taken))
-            request.taken += 1
-            room -= max(length, 4)
-            progress = True
-            if room < 4:
-                break
+    line = in_turn(requests, model)
+    picked = [next(line)]
+    first = tokens_of(*picked[0])
+    after: Picked = []
+    room = budget - first
+    while room > 0 and (waiting := next(line, None)):
+        after.append(waiting)
+        room -= tokens_of(*waiting)
+    after += islice(line, LOOK_AHEAD) if room < 0 else ()
+    lengths = [tokens_of(*each) for each in after]
+    picked += [after[k] for k in filling(first, lengths, budget, step)]
+    for request, index in picked:
+        request.left.remove(index)
     return picked
+
+
+def filling(first: int, lengths: Sequence[int], budget: int, step: int) -> list[int]:
+    """Which texts make the best batch together with one of `first` tokens, as indices of `lengths`; the older ones if it is equal.
+
+    Computing n tokens costs as much as n rounded up to a multiple of `step`; those left over cost 1 / USUAL each later.
+    The sums that can be had are the bits of a number (Bellman 1957).
+    """
+    if first >= budget:
+        return []
+    sums = [1 << first]
+    within = (1 << (budget + 1)) - 1
+    for length in lengths:
+        sums.append((sums[-1] | sums[-1] << length) & within)
+    possible = (n for n in range(first, budget + 1) if sums[-1] >> n & 1)
+    total = max(possible, key=lambda n: n / USUAL - -(-n // step) * step)
+    chosen = []
+    for k in reversed(range(len(lengths))):
+        if not sums[k] >> total & 1:
+            chosen.append(k)
+            total -= lengths[k]
+    return chosen[::-1]
+
+
+def tokens_of(request: Request, index: int) -> int:
+    """What a text takes of a batch."""
+    return max(len(request.reviews[index]), SHORTEST)
+
+
+def in_turn(requests: deque[Request], model: Loaded) -> Iterator[tuple[Request, int]]:
+    """The texts that wait for a model: one of each request, then another one of each."""
+    for turn in count():
+        left = [request for request in requests if request.model is model and len(request.left) > turn]
+        if not left:
+            return
+        for request in left:
+            yield request, request.left[turn]

@@ -52,10 +52,25 @@ def event(logger: logging.Logger, level: int, what: str, exc_info: BaseException
         logger.log(level, what, exc_info=exc_info, extra={"fields": fields})
 
 
-class TextFormatter(logging.Formatter):
-    """`2026-01-31 12:00:00,123 INFO serve.request request id=… status=200`."""
+class OnceFormatter(logging.Formatter):
+    """Makes a record's line once for all handlers."""
 
     def format(self, record: logging.LogRecord) -> str:
+        kept = record.__dict__
+        if "line" not in kept:
+            kept["line"] = self.line(record)
+        return str(kept["line"])
+
+    def line(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        raise NotImplementedError
+
+
+class TextFormatter(OnceFormatter):
+    """`2026-01-31 12:00:00,123 INFO serve.request request id=… status=200`."""
+
+    def line(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
         stamp = f"{self.formatTime(record)} {record.levelname} {record.name} "
         message = record.getMessage() if hasattr(record, "fields") else one_line(record.getMessage())
         text = " ".join([stamp + message, *(f"{name}={shown(value)}" for name, value in getattr(record, "fields", {}).items())])
@@ -64,10 +79,11 @@ class TextFormatter(logging.Formatter):
         )
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(OnceFormatter):
     """`{"time": "2026-01-31T12:00:00.123Z", "level": "INFO", "logger": "serve.request", "event": "request", …}`."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def line(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         entry = {"time": stamp, "level": record.levelname, "logger": record.name, "event": record.getMessage()}
         entry |= getattr(record, "fields", {})

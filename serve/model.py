@@ -15,8 +15,14 @@ from sentiment.errors import CheckpointError
 from sentiment.files import read_json
 from sentiment.logs import first_line
 from sentiment.tokens import load_tokenizer
+from serve.settings import Settings
 
 TRIAL = "Este produto é excelente! Recomendo muito."
+
+
+def most_lanes(settings: Settings) -> int:
+    """How many batches may be computed side by side."""
+    return settings.lanes or settings.threads or engines.cores()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +42,7 @@ class Model:
     prepared: dict[str, Any]  # what serve.prepare found
 
     @classmethod
-    def load(cls, prepared: dict[str, Any], threads: int | None, batch_tokens: int | None) -> "Model":
+    def load(cls, prepared: dict[str, Any], threads: int | None, batch_tokens: int | None, lanes: int = 0) -> "Model":
         """Load what serve.prepare found, and try it on a sentence; raises CheckpointError if it cannot serve."""
         start = time.perf_counter()
         folder, choice = Path(prepared["folder"]), Choice(**prepared["choice"])
@@ -45,9 +51,10 @@ class Model:
             names = read_json(folder / "config.json")["id2label"]
         except Exception as error:
             raise CheckpointError(f"{folder} is no model of this project ({first_line(error)})") from error
-        engine = engines.load(folder, Path(prepared["converted"]), choice, threads)
+        engine = engines.load(folder, Path(prepared["converted"]), choice, threads, lanes)
         if batch_tokens:
-            engine.batch_tokens = batch_tokens
+            for each in (engine, *engine.lanes):
+                each.batch_tokens = batch_tokens
         if isinstance(engine, engines.Packed):
             engine.warm_up(inference.max_length)
         made = cls(
@@ -78,6 +85,11 @@ class Model:
         cleaned = [text.clean(value, self.inference.lowercase) for value in texts]
         found = self.tokenizer.encode_batch_fast(cleaned) if len(texts) > 1 else [self.tokenizer.encode(cleaned[0])]
         return [np.asarray(each.ids, np.int64) for each in found], [bool(each.overflowing) for each in found]
+
+    @property
+    def lanes(self) -> Sequence[Engine]:
+        """Engines that compute side by side, if there are any."""
+        return self.engine.lanes
 
     def logits(self, reviews: Sequence[np.ndarray]) -> np.ndarray:
         """The engine's logits: float32 [reviews, classes]."""

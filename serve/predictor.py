@@ -22,7 +22,7 @@ import numpy as np
 
 from serve import logs, metrics, wire
 from serve.batcher import Batcher, FullError, Request
-from serve.model import Model
+from serve.model import Model, most_lanes
 from serve.settings import Settings
 from serve.settings import load as load_settings
 from serve.watcher import Watcher
@@ -38,7 +38,9 @@ class Predictor:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.path = settings, folder / SOCKET
-        self.batcher = Batcher(settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe)
+        self.batcher = Batcher(
+            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings)
+        )
         self.watcher = Watcher(settings, folder / LAST)
 
     def observe(self, texts: int, tokens: int, seconds: float) -> None:

@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="what computes; auto measures")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one")
     threads: Count | None = Field(None, description="of the engine; default: all processors (of the container's quota)")
+    lanes: Count | None = Field(
+        None,
+        description="batches that OpenVINO computes side by side while several wait, one a thread; 1 saves memory",
+    )
     cache: Path = Field(Path("models/registry/engines"), description="folder for converted models")
     copies: Path = Field(Path("models/registry/copies"), description="folder for what a git URL's tags are copied to")
     reviews: Path | None = Field(

@@ -16,7 +16,7 @@ from sentiment.files import read_json, write_json
 from sentiment.registry import Registry
 from serve import metrics
 from serve.logs import event
-from serve.model import Model
+from serve.model import Model, most_lanes
 from serve.settings import Settings
 
 RETRY_SECONDS = 60.0  # until a model that failed is tried again, if the tags have not changed
@@ -68,7 +68,7 @@ class Watcher:
             return
         try:
             prepared = read_json(self.last)
-            self.take_over(Model.load(prepared, self.settings.threads, self.settings.batch_tokens))
+            self.take_over(self.loaded(prepared))
         except Exception as error:
             self.fail("the model served before cannot be loaded again", error)
 
@@ -116,12 +116,17 @@ class Watcher:
         """
         event(log, logging.INFO, "loading", version=prepared["version"], engine=prepared["choice"]["engine"])
         try:
-            return Model.load(prepared, self.settings.threads, self.settings.batch_tokens)
+            return self.loaded(prepared)
         except CheckpointError:
             again = prepare(self.settings, quick)
             if again["converted"] == prepared["converted"]:
                 raise
-            return Model.load(again, self.settings.threads, self.settings.batch_tokens)
+            return self.loaded(again)
+
+    def loaded(self, prepared: dict[str, Any]) -> Model:
+        """A model that was prepared, loaded; for the time until its engines are measured, without lanes."""
+        lanes = most_lanes(self.settings) if prepared["final"] else 0
+        return Model.load(prepared, self.settings.threads, self.settings.batch_tokens, lanes)
 
     def is_served(self, prepared: dict[str, Any]) -> bool:
         """Whether what was prepared is what serves already."""

@@ -3,15 +3,18 @@
 import threading
 import time
 from collections import deque
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher, FullError, Request, pick
+from serve.batcher import Batcher, FullError, Request, filling, pick
 
 
 class Doubling:
     """A model whose logits are twice the length of each text; it can be held back, and keeps what it was given."""
+
+    lanes = ()
 
     def __init__(self, batch_tokens=64):
         self.batch_tokens = batch_tokens
@@ -58,7 +61,7 @@ def picked(model, *requests):
     """The lengths picked from requests, given as lists of lengths; which request each is of."""
     line = deque(Client(model, *lengths).request for lengths in requests)
     order = {id(request): number for number, request in enumerate(line)}
-    return [(order[id(request)], len(request.reviews[index])) for request, index in pick(line, model)]
+    return [(order[id(request)], len(request.reviews[index])) for request, index in pick(line, model, 64)]
 
 
 def test_a_batch_holds_no_more_than_its_budget(model):
@@ -79,7 +82,7 @@ def test_the_oldest_request_is_in_every_batch(model):
     while any(request.left for request in line):
         line = deque(request for request in line if request.left)
         oldest = line[0]
-        batches.append(pick(line, model))
+        batches.append(pick(line, model, 64))
         assert batches[-1][0][0] is oldest
     assert len(batches) == 3
 
@@ -91,7 +94,7 @@ def test_one_large_request_does_not_hold_up_the_small_ones(model):
 def test_texts_of_two_models_are_not_mixed(model):
     other = Doubling()
     line = deque([Client(model, 8).request, Client(other, 8).request, Client(model, 8).request])
-    assert [request for request, _ in pick(line, model)] == [line[0], line[2]]
+    assert [request for request, _ in pick(line, model, 64)] == [line[0], line[2]]
 
 
 def test_answers_come_in_the_order_of_the_texts(batcher, model):
@@ -187,3 +190,111 @@ def test_a_batch_waits_for_company_no_longer_than_it_may(model):
     second.wait()
     batcher.close()
     assert model.batches == [[10, 10]]
+
+
+class Laned(Doubling):
+    """A model with lanes of its own kind."""
+
+    def __init__(self, lanes):
+        super().__init__(64)
+        self.lanes = [Doubling(32) for _ in range(lanes)]
+
+
+def wait_until(what):
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def laned():
+    model, batcher = Laned(2), Batcher(places=64, lanes=2)
+    batcher.start()
+    yield model, batcher
+    batcher.close()
+
+
+def test_what_one_lane_would_hold_is_computed_by_all_of_the_engine(laned):
+    model, batcher = laned
+    assert [submitted(batcher, model, n).wait()[0, 0] for n in (20, 500)] == [40, 1000]
+    assert (model.batches, [lane.batches for lane in model.lanes]) == ([[20], [500]], [[], []])
+
+
+def submitted(batcher, model, *lengths):
+    client = Client(model, *lengths)
+    batcher.submit(client.request)
+    return client
+
+
+def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned):
+    model, batcher = laned
+    model.go.clear()
+    for lane in model.lanes:
+        lane.go.clear()
+    first = submitted(batcher, model, 30)
+    wait_until(lambda: batcher.busy == [model])
+    many = submitted(batcher, model, 30, 30, 30)
+    time.sleep(0.02)
+    assert batcher.busy == [model]
+    model.go.set()
+    wait_until(lambda: set(map(id, batcher.busy)) == set(map(id, model.lanes)))
+    for lane in model.lanes:
+        lane.go.set()
+    assert first.wait().tolist() == [[60]]
+    assert many.wait().tolist() == [[60], [60], [60]]
+    assert model.batches[0] == [30]
+
+
+def test_a_request_that_fails_in_one_lane_is_answered_once(laned):
+    model, batcher = laned
+    model.lanes[1].logits = model.lanes[0].logits = lambda reviews: 1 / 0
+    client = submitted(batcher, model, *[30] * 6)
+    assert isinstance(client.wait(), ZeroDivisionError)
+    assert submitted(batcher, Doubling(), 8).wait()[0, 0] == 16
+    assert len(client.results) == 1
+    assert (batcher.waiting, batcher.waiting_tokens, batcher.busy) == (0, 0, [])
+
+
+def test_a_new_model_waits_until_the_lanes_of_the_one_before_are_done(laned):
+    model, batcher = laned
+    for lane in model.lanes:
+        lane.go.clear()
+    old = [submitted(batcher, model, 32, 32, 32)]
+    wait_until(lambda: len(batcher.busy) == 2)
+    new = Laned(2)
+    client = submitted(batcher, new, 8)
+    time.sleep(0.02)
+    assert not client.results
+    for lane in model.lanes:
+        lane.go.set()
+    assert client.wait()[0, 0] == 16
+    assert old[0].wait().tolist() == [[64], [64], [64]]
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "chosen"),
+    [
+        (40, [], []),
+        (40, [24, 70], [0]),  # 64 of 64, for 134 of 160
+        (40, [25, 10, 14], [1, 2]),  # 64 of 64, for 65 of 96
+        (30, [2, 34, 60], [0, 1, 2]),  # 126 of 128
+        (200, [4], []),
+        (192, [4], []),
+        (100, [92, 92], [0]),
+        (7, [57, 57, 57, 14], [0, 1, 2, 3]),
+    ],
+)
+def test_a_lane_takes_what_fills_its_row(first, others, chosen):
+    assert filling(first, others, 192, 32) == chosen
+
+
+def test_no_choice_fills_a_row_better():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        first, others = int(random.integers(4, 192)), random.integers(4, 100, 8).tolist()
+        sums = {first + sum(each) for size in range(9) for each in combinations(others, size)}
+        best = max(total / 0.9 - -(-total // 32) * 32 for total in sums if total <= 192)
+        total = first + sum(others[k] for k in filling(first, others, 192, 32))
+        assert total <= 192
+        assert total / 0.9 - -(-total // 32) * 32 == best
