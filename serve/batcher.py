@@ -249,7 +249,7 @@ def pick(requests: deque[Request], model: Loaded, budget: int, step: int = 1) ->
 
 
 def filling(first: int, lengths: Sequence[int], budget: int, step: int) -> list[int]:
-    """Which texts make the best batch together with one of `first` tokens, as indices of `lengths`; the older ones if it is equal.
+    """Which texts make the best batch with one of `first` tokens, as indices of `lengths`; the older ones if it is equal.
 
     Computing n tokens costs as much as n rounded up to a multiple of `step`; those left over cost 1 / USUAL each later.
     The sums that can be had are the bits of a number (Bellman 1957).
