@@ -1,20 +1,20 @@
-"""Batches of a fixed token budget: reviews of like length together, so that little is padded."""
+"""Batches of a fixed token budget: reviews of like length together, or packed one behind the other, so that little is padded."""
+
+from collections import deque
 
 import numpy as np
 
-from sentiment.tokens import LENGTH_STEP, Tokens
-
-POOL_BATCHES = 50  # a shuffled pool is this many budgets long: sorted inside, so that batches stay nearly random
-
-
-def widths(lengths: np.ndarray) -> np.ndarray:
-    """Each length rounded up to a multiple of 8: what it costs in a batch of its like."""
-    return -(-lengths // LENGTH_STEP) * LENGTH_STEP
+POOL_BATCHES = 100  # a shuffled pool is this many budgets long: sorted inside, so that batches stay nearly random
+LOOK_AHEAD = 32  # reviews that do not fit any more, after which a packed batch is closed
+SHORTEST = 3  # tokens
 
 
-def cut(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut `order`, sorted by length, into batches whose rows times their widest row stay within `budget` tokens."""
-    batches, start, sizes = [], 0, widths(lengths[order])
+def cut(order: np.ndarray, lengths: np.ndarray, budget: int, step: int = 1) -> list[np.ndarray]:
+    """Cut `order`, sorted by length, into batches whose rows times their widest row stay within `budget` tokens.
+
+    Widths are rounded up to a multiple of `step`. A review longer than the budget is a batch of its own.
+    """
+    batches, start, sizes = [], 0, (-(-lengths[order] // step) * step).tolist()
     for stop in range(1, len(order) + 1):
         if stop == len(order) or max(sizes[start], sizes[stop]) * (stop + 1 - start) > budget:
             batches.append(order[start:stop])
@@ -22,28 +22,42 @@ def cut(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]
     return batches
 
 
-def by_length(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+def fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut `order` into batches of at most `budget` tokens in all: what does not fit any more begins the next one."""
+    batches: list[np.ndarray] = []
+    waiting, sizes = deque(order.tolist()), lengths.tolist()
+    while waiting:
+        batch, room = [waiting.popleft()], budget
+        passed: list[int] = []
+        room -= sizes[batch[0]]
+        while waiting and room >= SHORTEST and len(passed) < LOOK_AHEAD:
+            row = waiting.popleft()
+            if sizes[row] <= room:
+                batch.append(row)
+                room -= sizes[row]
+            else:
+                passed.append(row)
+        waiting.extendleft(reversed(passed))
+        batches.append(np.array(batch))
+    return batches
+
+
+def by_length(lengths: np.ndarray, budget: int, step: int = 1) -> list[np.ndarray]:
     """All reviews, longest first, in batches of at most `budget` tokens: for evaluation and prediction."""
-    return cut(np.argsort(-lengths, kind="stable"), lengths, budget)
+    return cut(np.argsort(-lengths, kind="stable"), lengths, budget, step)
 
 
-def shuffled(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """One epoch's batches: shuffled into pools, sorted inside each pool, batches shuffled again."""
+def grouped(lengths: np.ndarray, budget: int, rng: np.random.Generator, step: int = 1) -> list[np.ndarray]:
+    """One epoch's batches of like lengths: shuffled into pools, sorted inside each pool, batches shuffled again."""
     order = rng.permutation(len(lengths))
     pool = max(1, round(POOL_BATCHES * budget / max(1.0, float(lengths.mean()))))
     batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         rows = order[start : start + pool]
-        batches += cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, budget)
+        batches += cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, budget, step)
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def collate(tokens: Tokens, rows: np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
-    """Rows as one padded batch: input_ids and attention_mask int64 [rows, width], labels int64 [rows]."""
-    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
-    width = int(widths(lengths).max(initial=LENGTH_STEP))
-    mask = np.arange(width) < lengths[:, None]
-    positions = (tokens.offsets[rows][:, None] + np.arange(width))[mask]
-    input_ids = np.full((len(rows), width), pad_id, np.int64)
-    input_ids[mask] = tokens.input_ids[positions]
-    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "labels": tokens.labels[rows].astype(np.int64)}
+def packed(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """One epoch's packed batches, in random order all through."""
+    return fill(rng.permutation(len(lengths)), lengths, budget)

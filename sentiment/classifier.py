@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sentiment import batches, calibration, text
+from sentiment import calibration, text
 from sentiment.checkpoint import no_progress_bars
 from sentiment.errors import CheckpointError, TrainingError
 from sentiment.files import read_json, write_json
@@ -21,6 +21,8 @@ from sentiment.tokens import Tokens, encode, load_tokenizer, ragged
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
+
+    from sentiment.feed import Feed
 
 BATCH_TOKENS = 8192
 
@@ -88,9 +90,17 @@ class Classifier:
 
     def token_logits(self, tokens: Tokens, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """What the model itself says of reviews that are already tokens: float32 [reviews, classes]."""
-        plan = batches.by_length(tokens.lengths, batch_tokens)
-        pad_id = self.tokenizer.token_to_id("[PAD]") or 0
-        return logits(self.model, tokens, plan, pad_id, self.device).cpu().numpy()
+        import torch
+
+        from sentiment.bert import packs, reader
+        from sentiment.devices import native_precision
+        from sentiment.feed import Feed
+
+        packed = packs(self.model, self.device, native_precision(self.device.type))
+        module = reader(self.model, packed).eval()
+        feed = Feed(tokens, self.device, self.tokenizer.token_to_id("[PAD]") or 0, packed)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=packed):
+            return logits(module, feed, feed.in_order(batch_tokens), len(self.labels)).cpu().numpy()
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """The class index of each row, by the model's own threshold: int64 [texts]."""
@@ -110,14 +120,14 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def logits(model: Any, tokens: Tokens, plan: list[np.ndarray], pad_id: int, device: "torch.device") -> "torch.Tensor":
-    """The model's logits for the batches of a plan: float32 [reviews, classes], zeros where no batch holds the review."""
+def logits(module: Any, feed: "Feed", plan: list[np.ndarray], classes: int) -> "torch.Tensor":
+    """The logits for the batches of a plan: float32 [reviews, classes], zeros where no batch holds the review."""
     import torch
 
-    out = torch.zeros(len(tokens), model.config.num_labels, device=device)
+    from sentiment.feed import forward
+
+    out = torch.zeros(len(feed.lengths), classes, device=feed.device)
     with torch.inference_mode():
         for rows in plan:
-            batch = batches.collate(tokens, rows, pad_id)
-            inputs = {name: torch.from_numpy(batch[name]).to(device) for name in ("input_ids", "attention_mask")}
-            out[torch.from_numpy(rows).to(device)] = model(**inputs).logits.float()
+            out[torch.from_numpy(rows).to(feed.device)] = forward(module, feed.batch(rows).inputs).float()
     return out

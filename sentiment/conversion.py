@@ -1,6 +1,6 @@
 """A model as OpenVINO's or ONNX Runtime's graph, in a folder named by the model's hash, and the choice of its engine there.
 
-sentiment/selection.py makes the choice. The graphs read packed rows (sentiment/packed_bert.py).
+sentiment/selection.py makes the choice. The graphs read packed rows (sentiment/bert.py).
 """
 
 import hashlib
@@ -162,7 +162,7 @@ def to_onnx(classifier: Classifier, converted: Path, precision: str, examples: l
 
 def packed(classifier: Classifier) -> Any:
     """The model as it reads packed rows, with dropout off."""
-    from sentiment.packed_bert import PackedBert
+    from sentiment.bert import PackedBert
 
     return PackedBert(classifier.model).eval()
 

@@ -1,6 +1,6 @@
 """What computes a model's logits: torch, ONNX Runtime or OpenVINO, behind one small interface.
 
-OpenVINO and ONNX Runtime read a packed graph (sentiment/packed_bert.py) that sentiment/conversion.py made from a model folder;
+OpenVINO and ONNX Runtime read a packed graph (sentiment/bert.py) that sentiment/conversion.py made from a model folder;
 torch reads the model folder itself, and so serves any architecture, and GPUs.
 """
 

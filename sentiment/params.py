@@ -92,6 +92,8 @@ class Train(Section):
     epochs: Count
     patience: Count | None
     batch_tokens: Count
+    batching: Literal["auto", "packed", "padded"]
+    compile: bool
     accumulation: Count
     lr: Annotated[float, Field(gt=0, le=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]

@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from sentiment import batches, metrics
+from sentiment import metrics
+from sentiment.bert import can_pack, packs, reader
 from sentiment.calibration import probabilities
 from sentiment.classifier import logits, pick_device
-from sentiment.devices import describe, peak_flops, step_flops
+from sentiment.devices import describe, keep_freed_memory, native_precision, peak_flops, step_flops
 from sentiment.errors import TrainingError
+from sentiment.feed import Feed, forward
 from sentiment.files import atomic, read_json, remove, write_json
 from sentiment.params import Train
 from sentiment.tokens import Tokens
@@ -84,16 +86,6 @@ def accelerator_for(settings: Train) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def native_precision(device: str) -> str:
-    """bf16 where the device's own instructions compute in it, fp16 on an older CUDA device, fp32 elsewhere."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16" if native else "fp32"
-    return "fp32"
-
-
 def rate(step: int, total: int, settings: Train) -> float:
     """The learning rate's factor at a step, between 0 and 1: linear warm-up, then the decay of `train.decay` to 0."""
     warm = max(1, round(settings.warmup * total)) if settings.warmup else 0
@@ -123,10 +115,18 @@ def class_weights(counts: np.ndarray, settings: Train, names: list[str]) -> np.n
     return np.ones(len(counts), np.float32)
 
 
-def epoch_batches(lengths: np.ndarray, epoch: int, settings: Train) -> list[list[np.ndarray]]:
+def epoch_batches(feed: Feed, epoch: int, settings: Train) -> list[list[np.ndarray]]:
     """The batches of an epoch in order, those of one optimizer step together; the same for the same seed and epoch."""
-    plan = batches.shuffled(lengths, settings.batch_tokens, np.random.default_rng([settings.seed, epoch]))
+    plan = feed.in_random_order(settings.batch_tokens, np.random.default_rng([settings.seed, epoch]))
     return [plan[start : start + settings.accumulation] for start in range(0, len(plan), settings.accumulation)]
+
+
+def check_packing(model: Any, device: torch.device, precision: str) -> None:
+    """Raise TrainingError where packed batches cannot be computed."""
+    if not can_pack(model):
+        raise TrainingError(f"train.batching packed is for BERT, and this is a {model.config.model_type}; set it to auto")
+    if device.type == "cuda" and precision == "fp32":
+        raise TrainingError("train.batching packed needs train.precision bf16 or fp16 on CUDA; set one of the two to auto")
 
 
 class Window:
@@ -137,12 +137,12 @@ class Window:
         self.lengths: list[np.ndarray] = []
         self.computed, self.start = 0, time.perf_counter()
 
-    def add(self, loss: torch.Tensor, lengths: list[np.ndarray]) -> None:
-        """Count a step: its loss, and the lengths in tokens of each of its batches."""
+    def add(self, loss: torch.Tensor, lengths: list[np.ndarray], computed: int) -> None:
+        """Count a step: its loss, the lengths in tokens of the reviews of each of its batches, and the tokens computed."""
         self.loss += loss
         self.steps += 1
         self.lengths += lengths
-        self.computed += sum(int(batches.widths(each).max()) * len(each) for each in lengths)
+        self.computed += computed
 
 
 class Loop:
@@ -152,20 +152,29 @@ class Loop:
         self, model: Any, train: Tokens, validation: Tokens, pad_id: int, names: list[str], settings: Train,
         folder: Path, fingerprint: str, log_metrics: LogMetrics,
     ) -> None:  # fmt: skip
-        self.settings, self.names, self.pad_id = settings, names, pad_id
-        self.data, self.validation = train, validation
+        self.settings, self.names = settings, names
         self.folder, self.fingerprint, self.log_metrics = folder, fingerprint, log_metrics
         self.accelerator, self.precision = accelerator_for(settings)
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.base = model
+        packed = settings.batching == "packed" or (settings.batching == "auto" and packs(model, self.device, self.precision))
+        if packed:
+            check_packing(model, self.device, self.precision)
+        self.module = module = reader(model, packed)
+        self.feed, self.validation = (Feed(tokens, self.device, pad_id, packed) for tokens in (train, validation))
+        self.validation_labels = validation.labels.astype(int)
+        if settings.compile:
+            module.compile()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=self.device.type in ("cpu", "cuda")
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         weights = class_weights(np.bincount(train.labels, minlength=len(names)), settings, names)
         self.review_weights = weights[train.labels]
         self.weights = torch.from_numpy(weights).to(self.device)
-        self.total = sum(len(epoch_batches(train.lengths, epoch, settings)) for epoch in range(settings.epochs))
+        self.total = sum(len(epoch_batches(self.feed, epoch, settings)) for epoch in range(settings.epochs))
         self.progress = Progress()
         self.interrupted = False
         self.window = Window(self.device)
@@ -186,13 +195,11 @@ class Loop:
         """Train on what is left of the current epoch, then validate."""
         progress, start = self.progress, time.perf_counter()
         self.model.train()
-        steps = epoch_batches(self.data.lengths, progress.epoch, self.settings)
+        steps = epoch_batches(self.feed, progress.epoch, self.settings)
         for micro_batches in steps[progress.batch :]:
-            loss = self.step(micro_batches)
-            progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            self.window.add(loss, [self.data.lengths[rows] for rows in micro_batches])
+            self.train_step(micro_batches)
             bar.update()
-            if progress.step % self.settings.log_every == 0 or progress.batch == len(steps):
+            if progress.batch == len(steps) and self.window.steps:
                 self.report()
             if self.interrupted or progress.step % self.settings.checkpoint_every == 0:
                 start = self.count_time(start)
@@ -205,6 +212,14 @@ class Loop:
         self.count_time(start)
         self.finish_epoch()
         self.save()
+
+    def train_step(self, micro_batches: list[np.ndarray]) -> None:
+        """One optimizer step, counted, with a line in the log where one is due."""
+        loss = self.step(micro_batches)
+        self.progress.step, self.progress.batch = self.progress.step + 1, self.progress.batch + 1
+        self.window.add(loss, [self.feed.lengths[rows] for rows in micro_batches], self.computed(micro_batches))
+        if self.progress.step % self.settings.log_every == 0:
+            self.report()
 
     def step(self, micro_batches: list[np.ndarray]) -> torch.Tensor:
         """One optimizer step; returns its loss, the weighted mean over all its reviews on all devices (not yet reduced)."""
@@ -227,14 +242,14 @@ class Loop:
 
     def loss(self, rows: np.ndarray) -> torch.Tensor:
         """The weighted sum of the cross-entropies of some reviews, in nats."""
-        batch = {
-            name: torch.from_numpy(values).to(self.device, non_blocking=True)
-            for name, values in batches.collate(self.data, rows, self.pad_id).items()
-        }
-        outputs = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return cross_entropy(
-            outputs.float(), batch["labels"], self.weights, reduction="sum", label_smoothing=self.settings.label_smoothing
-        )
+        batch = self.feed.batch(rows)
+        outputs = forward(self.model, batch.inputs).float()
+        return cross_entropy(outputs, batch.labels, self.weights, reduction="sum", label_smoothing=self.settings.label_smoothing)
+
+    def computed(self, micro_batches: list[np.ndarray]) -> int:
+        """Tokens that a step is computed on by all processes, padding included."""
+        world = self.accelerator.num_processes
+        return sum(self.feed.computed(rows[k::world]) for rows in micro_batches for k in range(min(world, len(rows))))
 
     def report(self) -> None:
         """Log the last steps: loss, learning rate, tokens/s, share of padding and of the device's peak."""
@@ -260,12 +275,13 @@ class Loop:
         """Score the epoch on validation, log it, and keep the weights if they are the best so far."""
         progress = self.progress
         self.model.eval()
-        plan = batches.by_length(self.validation.lengths, max(VALIDATION_TOKENS, int(self.validation.lengths.max())))
+        budget = self.settings.batch_tokens if self.feed.packed else VALIDATION_TOKENS
+        plan = self.validation.in_order(max(budget, int(self.validation.lengths.max())))
         share = plan[self.accelerator.process_index :: self.accelerator.num_processes]
         with self.accelerator.autocast():
-            outputs = logits(self.base, self.validation, share, self.pad_id, self.device)
+            outputs = logits(self.module, self.validation, share, len(self.names))
         values = probabilities(self.accelerator.reduce(outputs, "sum").cpu().numpy(), 1.0)
-        scores = metrics.score(values, values.argmax(axis=1), self.validation.labels.astype(int), self.names)
+        scores = metrics.score(values, values.argmax(axis=1), self.validation_labels, self.names)
         row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": progress.loss_sum / steps}
         row |= {f"validation_{key}": scores[key] for key in ("loss", "accuracy", "f1", "f1_macro", "roc_auc")}
         progress.history.append(row)

@@ -1,4 +1,4 @@
-"""Turn the prepared reviews into cached token ids, ragged and unpadded.
+"""Turn the prepared reviews into cached token ids, ragged and unpadded; memory does not grow with the reviews.
 
 From: data/prepared/{train,validation,test}.parquet, and the tokenizer of `model.checkpoint` (learnt here if there is none)
 To:   data/tokens/{train,validation,test}.safetensors, data/tokens/tokenizer/, metrics/tokens.json,
@@ -8,15 +8,18 @@ Run:  python -m stages.tokenize
 
 import logging
 import time
+from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
 from sentiment import checkpoint, params, tokens
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
-from sentiment.tokens import Tokens
 
 PREPARED = Path("data/prepared")
 TOKENS = Path("data/tokens")
@@ -27,55 +30,92 @@ BIN = 8  # tokens a bar of the plot of lengths
 log = logging.getLogger("stages.tokenize")
 
 
+class Counts(NamedTuple):
+    """What is counted of a split: reviews by their length in tokens int64 [max_length + 1], and unknown tokens."""
+
+    reviews: np.ndarray
+    unknown: int
+
+
+class Texts:
+    """The texts of a prepared file, read anew each time they are gone through."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        for texts, _ in read(self.path):
+            yield from texts
+
+
 def main() -> None:
     settings = params.load()
-    texts, labels = read(PREPARED)
     with atomic(TOKENS) as part:
-        checkpoint.save_tokenizer(settings.model, texts["train"], part / "tokenizer")
+        checkpoint.save_tokenizer(settings.model, Texts(PREPARED / "train.parquet"), part / "tokenizer")
         tokenizer = tokens.load_tokenizer(part / "tokenizer", settings.tokenize.max_length)
-        splits = {}
+        counts = {}
         for name in SPLITS:
             start = time.perf_counter()
-            rows = tokens.encode(tokenizer, texts[name])
-            splits[name] = tokens.ragged(rows, labels[name], tokenizer.get_vocab_size())
-            splits[name].save(part / f"{name}.safetensors")
-            log.info("%s: %d reviews, %.0f reviews/s", name, len(labels[name]), len(labels[name]) / (time.perf_counter() - start))
-    unknown = tokenizer.token_to_id("[UNK]")
-    metrics = {"vocabulary": tokenizer.get_vocab_size()} | {
-        name: count(split, unknown, settings.tokenize.max_length) for name, split in splits.items()
-    }
+            counts[name] = write(PREPARED / f"{name}.parquet", part / f"{name}.safetensors", tokenizer)
+            reviews, seconds = int(counts[name].reviews.sum()), time.perf_counter() - start
+            log.info("%s: %d reviews, %.0f reviews/s", name, reviews, reviews / seconds)
+    metrics = {"vocabulary": tokenizer.get_vocab_size()} | {name: summary(each) for name, each in counts.items()}
     write_json(METRICS, metrics)
     with atomic(LENGTHS) as part:
-        part.write_text(histogram(splits["train"].lengths, settings.tokenize.max_length))
+        part.write_text(histogram(counts["train"].reviews))
     log.info("vocabulary %d; train: %s", metrics["vocabulary"], metrics["train"])
 
 
-def read(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """The texts and the labels of every split."""
-    tables = {name: pq.read_table(folder / f"{name}.parquet", columns=["text", "label"]) for name in SPLITS}
-    texts = {name: table.column("text").to_pylist() for name, table in tables.items()}
-    return texts, {name: table.column("label").to_numpy() for name, table in tables.items()}
+def read(path: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """The texts and the labels of a prepared file, some thousands at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(tokens.CHUNK, columns=["text", "label"]):
+            yield batch.column("text").to_pylist(), batch.column("label").to_numpy()
 
 
-def count(split: Tokens, unknown: int | None, max_length: int) -> dict[str, float]:
+def write(source: Path, target: Path, tokenizer: Tokenizer) -> Counts:
+    """Encode a prepared file into a split's file, and count."""
+    unknown_id, longest = tokenizer.token_to_id("[UNK]"), (tokenizer.truncation or {})["max_length"]
+    reviews, unknown = np.zeros(longest + 1, np.int64), 0
+    chunks, again = tee(read(source))  # as far apart as one chunk is being encoded
+    encoded = tokens.encode_chunks(tokenizer, (texts for texts, _ in chunks))
+    with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
+        for (input_ids, lengths), (_, labels) in zip(encoded, again, strict=True):
+            file.add(input_ids, lengths, labels)
+            reviews += np.bincount(lengths, minlength=longest + 1)
+            unknown += int((input_ids == unknown_id).sum()) if unknown_id is not None else 0
+    return Counts(reviews, unknown)
+
+
+def summary(counts: Counts) -> dict[str, float]:
     """What metrics/tokens.json says of a split; shares are between 0 and 1."""
-    lengths = split.lengths
+    number = int(counts.reviews.sum())
+    total = int((counts.reviews * np.arange(len(counts.reviews))).sum())
     return {
-        "reviews": len(split),
-        "tokens": int(lengths.sum()),
-        "tokens_median": float(np.median(lengths)),
-        "tokens_p95": float(np.percentile(lengths, 95)),
-        "unknown_share": round(float((split.input_ids == unknown).mean()), 6) if unknown is not None else 0.0,
-        "truncated_share": round(float((lengths == max_length).mean()), 6),
-        "padding_share_at_512": round(1 - float(lengths.mean()) / 512, 4),
+        "reviews": number,
+        "tokens": total,
+        "tokens_median": percentile(counts.reviews, 50),
+        "tokens_p95": percentile(counts.reviews, 95),
+        "unknown_share": round(counts.unknown / total, 6) if total else 0.0,
+        "truncated_share": round(int(counts.reviews[-1]) / number, 6) if number else 0.0,
+        "padding_share_at_512": round(1 - total / number / 512, 4) if number else 0.0,
     }
 
 
-def histogram(lengths: np.ndarray, max_length: int) -> str:
+def percentile(reviews: np.ndarray, share: float) -> float:
+    """Numpy's percentile (linear between the two nearest) of lengths that are counted: reviews[n] reviews have n tokens."""
+    number = int(reviews.sum())
+    if not number:
+        return 0.0
+    place = (number - 1) * share / 100
+    below, above = np.searchsorted(np.cumsum(reviews), [np.floor(place), np.ceil(place)], side="right").tolist()
+    return float(below + (above - below) * (place - np.floor(place)))
+
+
+def histogram(reviews: np.ndarray) -> str:
     """CSV of how many reviews have how many tokens, in bars of 8: columns tokens (the bar's upper end), reviews."""
-    edges = np.arange(0, max_length + BIN, BIN)
-    reviews, _ = np.histogram(lengths, bins=edges + 0.5)
-    return "tokens,reviews\n" + "".join(f"{edge},{number}\n" for edge, number in zip(edges[1:], reviews, strict=True))
+    filled = np.append(reviews[1:], np.zeros(-(len(reviews) - 1) % BIN, np.int64)).reshape(-1, BIN).sum(axis=1)
+    return "tokens,reviews\n" + "".join(f"{BIN * (k + 1)},{number}\n" for k, number in enumerate(filled))
 
 
 if __name__ == "__main__":

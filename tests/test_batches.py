@@ -4,54 +4,70 @@ import numpy as np
 import pytest
 
 from sentiment import batches
-from sentiment.tokens import ragged
 
 BUDGET = 1024
+RANDOM = {"grouped": batches.grouped, "packed": batches.packed}
 
 
 @pytest.fixture(scope="module")
 def lengths():
-    return np.random.default_rng(7).integers(2, 257, 3000)
+    """Lengths as B2W's are: a median of 25 tokens, some of them long."""
+    return np.clip(np.random.default_rng(7).lognormal(np.log(25), 0.75, 6000).astype(int), 3, 256)
 
 
-@pytest.fixture(params=["shuffled", "by_length"])
+@pytest.fixture(params=["grouped", "packed", "by_length", "fill"])
 def plan(request, lengths):
-    if request.param == "by_length":
-        return batches.by_length(lengths, BUDGET)
-    return batches.shuffled(lengths, BUDGET, np.random.default_rng(1))
+    if request.param in RANDOM:
+        return RANDOM[request.param](lengths, BUDGET, np.random.default_rng(1))
+    if request.param == "fill":
+        return batches.fill(np.argsort(-lengths), lengths, BUDGET)
+    return batches.by_length(lengths, BUDGET)
 
 
 def test_every_review_stands_in_one_batch(plan, lengths):
     np.testing.assert_array_equal(np.sort(np.concatenate(plan)), np.arange(len(lengths)))
 
 
-def test_no_batch_is_over_the_budget_padding_included(plan, lengths):
-    tokens = ragged([[1] * length for length in lengths], np.zeros(len(lengths)), 300)
-    assert all(batches.collate(tokens, rows, 0)["input_ids"].size <= BUDGET for rows in plan)
+@pytest.mark.parametrize("step", [1, 8])
+def test_no_padded_batch_is_over_the_budget(lengths, step):
+    plans = batches.by_length(lengths, BUDGET, step), batches.grouped(lengths, BUDGET, np.random.default_rng(1), step)
+    for rows in [rows for plan in plans for rows in plan]:
+        assert len(rows) * -(-lengths[rows].max() // step) * step <= BUDGET
 
 
-def test_the_budget_is_used_and_little_is_padded(plan, lengths):
-    computed = sum(int(batches.widths(lengths[rows]).max()) * len(rows) for rows in plan)
-    assert computed / (BUDGET * len(plan)) > 0.8
-    assert lengths.sum() / computed > 0.9
+def test_no_packed_batch_is_over_the_budget(lengths):
+    assert all(lengths[rows].sum() <= BUDGET for rows in batches.packed(lengths, BUDGET, np.random.default_rng(1)))
 
 
-def test_a_review_as_long_as_the_budget_is_a_batch_of_its_own():
-    plan = batches.by_length(np.array([64, 8, 64]), 64)
-    assert [rows.tolist() for rows in plan] == [[0], [2], [1]]
+def test_less_than_three_in_a_hundred_tokens_are_padding(lengths):
+    grouped = batches.grouped(lengths, BUDGET, np.random.default_rng(1))
+    assert lengths.sum() / sum(lengths[rows].max() * len(rows) for rows in grouped) > 0.97
+    packed = batches.packed(lengths, BUDGET, np.random.default_rng(1))
+    assert lengths.sum() / (BUDGET * len(packed)) > 0.97
 
 
-def test_batches_are_the_same_for_the_same_generator_and_others_for_another(lengths):
-    first, again, other = (
-        [rows.tolist() for rows in batches.shuffled(lengths, BUDGET, np.random.default_rng(seed))] for seed in (1, 1, 2)
-    )
+@pytest.mark.parametrize("make", [batches.by_length, lambda *args: batches.fill(np.arange(3), *args)])
+def test_a_review_as_long_as_the_budget_or_longer_is_a_batch_of_its_own(make):
+    plan = make(np.array([64, 8, 80]), 64)
+    assert sorted(rows.tolist() for rows in plan) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("make", RANDOM.values(), ids=RANDOM)
+def test_batches_are_the_same_for_the_same_generator_and_others_for_another(make, lengths):
+    first, again, other = ([rows.tolist() for rows in make(lengths, BUDGET, np.random.default_rng(seed))] for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_shuffled_batches_come_in_no_order_of_length(lengths):
-    means = [lengths[rows].mean() for rows in batches.shuffled(lengths, BUDGET, np.random.default_rng(1))]
+@pytest.mark.parametrize("make", RANDOM.values(), ids=RANDOM)
+def test_random_batches_come_in_no_order_of_length(make, lengths):
+    means = [lengths[rows].mean() for rows in make(lengths, BUDGET, np.random.default_rng(1))]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
+
+
+def test_a_packed_batch_is_filled_by_one_of_the_next_that_fits():
+    plan = batches.fill(np.arange(6), np.array([40, 40, 20, 60, 10, 4]), 64)
+    assert [rows.tolist() for rows in plan] == [[0, 2, 5], [1, 4], [3]]
 
 
 def test_by_length_begins_with_the_longest_and_keeps_the_order_of_equals():
@@ -59,20 +75,6 @@ def test_by_length_begins_with_the_longest_and_keeps_the_order_of_equals():
     assert np.concatenate(batches.by_length(lengths, 64)).tolist() == [1, 4, 3, 0, 2]
 
 
-def test_no_reviews_are_no_batches():
-    assert batches.by_length(np.array([], int), BUDGET) == []
-
-
-@pytest.mark.parametrize("pad_id", [0, 99])
-def test_collate_pads_at_the_end_and_masks_what_it_padded(pad_id):
-    rows = [[2, 7, 3], [2, 11, 12, 13, 14, 15, 16, 17, 18, 3], [2, 3]]
-    tokens = ragged(rows, np.array([1, 0, 2]), 300)
-    order = np.array([2, 0, 1])
-    batch = batches.collate(tokens, order, pad_id)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 16)
-    for index, row in enumerate(order):
-        length = len(rows[row])
-        assert batch["input_ids"][index].tolist() == rows[row] + [pad_id] * (16 - length)
-        assert batch["attention_mask"][index].tolist() == [1] * length + [0] * (16 - length)
-    assert batch["labels"].tolist() == [2, 1, 0]
-    assert {values.dtype for values in batch.values()} == {np.dtype(np.int64)}
+@pytest.mark.parametrize("make", [batches.by_length, lambda *args: batches.fill(np.array([], int), *args)])
+def test_no_reviews_are_no_batches(make):
+    assert make(np.array([], int), BUDGET) == []

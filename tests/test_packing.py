@@ -6,8 +6,8 @@ import torch
 
 import models
 from sentiment import engines
+from sentiment.bert import PackedBert, can_pack
 from sentiment.classifier import Classifier
-from sentiment.packed_bert import PackedBert, can_pack
 from sentiment.packing import bins, capacity, pack, row_width
 
 

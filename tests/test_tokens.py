@@ -1,13 +1,16 @@
 """Ragged tokens: what is written is what is read, in the smallest type, cut at max_length."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from sentiment import tokens
 from sentiment.checkpoint import save_word_piece, word_piece
 from sentiment.errors import CheckpointError, DataError
-from sentiment.tokens import Tokens, encode, load_tokenizer, ragged
+from sentiment.tokens import Tokens, Writer, encode, encode_chunks, load_tokenizer, ragged
+from stages.tokenize import histogram, percentile, write
 
 TEXTS = [
     "Chegou antes do prazo e funciona muito bem",
@@ -32,7 +35,7 @@ def test_what_is_saved_is_loaded_again(tmp_path, vocab_size):
     before = ragged(ROWS, LABELS, vocab_size)
     before.save(tmp_path / "train.safetensors")
     after = Tokens.load(tmp_path / "train.safetensors")
-    for name in ("input_ids", "offsets", "labels"):
+    for name in ("input_ids", "lengths", "offsets", "labels"):
         assert getattr(after, name).dtype == getattr(before, name).dtype
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
     rows = [after.input_ids[start:stop].tolist() for start, stop in zip(after.offsets, after.offsets[1:], strict=False)]
@@ -62,12 +65,12 @@ def test_a_missing_file_is_a_data_error_that_names_it(tmp_path):
         Tokens.load(tmp_path / "nada.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "no safetensors", "no offsets"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "no safetensors", "no lengths"])
 def test_a_broken_file_is_a_data_error_that_names_it(tmp_path, damage):
     path = tmp_path / "train.safetensors"
     ragged(ROWS, LABELS, 300).save(path)
     whole = path.read_bytes()
-    if damage == "no offsets":
+    if damage == "no lengths":
         save_file({"input_ids": np.zeros(3, np.uint16), "labels": np.zeros(1, np.int16)}, path)
     else:
         path.write_bytes({"empty": b"", "cut": whole[:-4], "no safetensors": b"isto nao sao fichas" * 9}[damage])
@@ -108,3 +111,71 @@ def test_a_missing_or_broken_tokenizer_is_a_checkpoint_error(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path, 256)
+
+
+def test_chunks_are_encoded_as_the_texts_one_by_one(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder, 256)
+    chunks = [TEXTS[:2], [], TEXTS[2:]]
+    made = list(encode_chunks(tokenizer, chunks))
+    assert [len(lengths) for _, lengths in made] == [2, 0, 3]
+    rows = [row.tolist() for ids, lengths in made for row in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths)]
+    assert rows == [tokenizer.encode(text).ids for text in TEXTS]
+    assert {ids.dtype for ids, _ in made} == {np.dtype(np.uint16)}
+
+
+def test_what_is_written_bit_by_bit_is_what_is_written_at_once_and_any_reader_reads_it(tmp_path):
+    whole = ragged(ROWS, LABELS, 300)
+    whole.save(tmp_path / "whole.safetensors")
+    with Writer(tmp_path / "parts.safetensors", np.uint16) as file:
+        for start, stop in ((0, 1), (1, 1), (1, 3)):
+            span = slice(whole.offsets[start], whole.offsets[stop])
+            file.add(whole.input_ids[span], whole.lengths[start:stop], whole.labels[start:stop])
+    assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert {name: values.tolist() for name, values in load_file(tmp_path / "whole.safetensors").items()} == {
+        "input_ids": [id_ for row in ROWS for id_ in row],
+        "lengths": [3, 2, 6],
+        "labels": LABELS.tolist(),
+    }
+
+
+def test_a_failed_writing_leaves_no_file_that_could_be_read(tmp_path):
+    file = Writer(tmp_path / "train.safetensors", np.uint16)
+    file.__enter__()
+    file.add(np.ones(3), np.array([3]), np.array([0]))
+    file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with pytest.raises(DataError):
+        Tokens.load(tmp_path / "train.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.safetensors"]
+
+
+def test_the_cache_is_small_and_mapped_into_memory(tmp_path):
+    lengths = np.random.default_rng(0).integers(3, 80, 5000)
+    ragged([np.ones(n) for n in lengths], np.zeros(5000), 30_000).save(tmp_path / "train.safetensors")
+    loaded = Tokens.load(tmp_path / "train.safetensors")
+    assert isinstance(loaded.input_ids, np.memmap)
+    assert (tmp_path / "train.safetensors").stat().st_size < 2.3 * lengths.sum()
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 9], [4, 8, 8, 31, 200, 7, 3]])
+def test_percentiles_of_counted_lengths_are_numpys(lengths):
+    counted = np.bincount(lengths, minlength=257)
+    for share in (0, 50, 95, 100):
+        assert percentile(counted, share) == pytest.approx(np.percentile(lengths, share))
+
+
+def test_the_histogram_counts_every_review_also_those_cut_at_an_odd_length():
+    text = histogram(np.bincount([1, 8, 9, 19, 19], minlength=20))
+    assert text == "tokens,reviews\n8,2\n16,1\n24,2\n"
+
+
+def test_the_split_written_by_the_stage_is_the_prepared_one(tokenizer_folder, tmp_path):
+    table = pa.table({"text": TEXTS * 3000, "label": pa.array([1, 0, 1, 0, 2] * 3000, pa.int64())})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=4000)
+    tokenizer = load_tokenizer(tokenizer_folder, 12)
+    counts = write(tmp_path / "train.parquet", tmp_path / "train.safetensors", tokenizer)
+    loaded = Tokens.load(tmp_path / "train.safetensors")
+    expected = ragged(list(encode(tokenizer, TEXTS)) * 3000, np.array([1, 0, 1, 0, 2] * 3000), 300)
+    for name in ("input_ids", "lengths", "labels"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name))
+    assert counts.reviews.tolist() == np.bincount(expected.lengths, minlength=13).tolist()
+    assert counts.unknown == (expected.input_ids == tokenizer.token_to_id("[UNK]")).sum()

@@ -139,9 +139,9 @@ def test_the_loss_is_torchs_own_weighted_and_smoothed_mean(tmp_path):
     changes = {"class_weights": {"negativo": 3.0, "positivo": 1.0}, "label_smoothing": 0.1}
     loop, _ = loop_in(tmp_path, change=no_dropout, **changes)
     rows = np.arange(20)
-    batch = {k: torch.from_numpy(v) for k, v in training.batches.collate(loop.data, rows, 0).items()}
-    logits = loop.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = cross_entropy(logits, batch["labels"], torch.tensor([3.0, 1.0]), label_smoothing=0.1)
+    batch = loop.feed.batch(rows)
+    logits = loop.base(**batch.inputs).logits
+    expected = cross_entropy(logits, batch.labels, torch.tensor([3.0, 1.0]), label_smoothing=0.1)
     assert float(loop.step([rows])) == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -211,3 +211,18 @@ def no_dropout(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.config.attention_probs_dropout_prob = 0.0
+
+
+def test_packed_batches_train_too_and_have_little_padding(tmp_path, caplog):
+    loop, _ = loop_in(tmp_path, batching="packed", epochs=6)
+    assert loop.feed.packed
+    with caplog.at_level(logging.INFO, "sentiment.training"):
+        result = loop.run()
+    assert result.history[-1]["validation_f1_macro"] > 0.8
+    assert "padding" in caplog.text
+
+
+def test_packing_what_cannot_be_packed_is_an_error_that_names_the_parameter():
+    other = type("Config", (), {"model_type": "distilbert"})
+    with pytest.raises(TrainingError, match=r"train\.batching packed is for BERT.*distilbert"):
+        training.check_packing(type("Model", (), {"config": other})(), torch.device("cpu"), "bf16")

@@ -1,0 +1,177 @@
+"""BERT's forward without what this project needs not, over the modules of a BertForSequenceClassification of transformers.
+
+All tokens of a batch stand in one row, whatever it is: the reviews of PackedBert and VarlenBert follow each other, those of
+PaddedBert have the same width. The tokens of a review see only each other, and positions begin anew with each, so that the
+logits equal those of each review alone to rounding.
+
+Two things differ from transformers' own forward in training: attention has no dropout (the kernel for packed reviews has none;
+whether that costs F1 is measured in bench/order.md), and dropout on a CPU draws its masks four at a time, in a third of
+the time.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+NOT_SEEN = -10_000.0  # added to the attention scores of other reviews: far below any score, and exact in bf16
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Bert(nn.Module):
+    """The modules of a BertForSequenceClassification, and what they make of tokens in a row."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.bert, self.classifier, self.heads = model.bert, model.classifier, model.config.num_attention_heads
+        self.dropout = getattr(model, "dropout", nn.Dropout(0.0))
+
+    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """The logits of the reviews that begin at `first`: [reviews, classes].
+
+        `attend` is the attention within each review: query, key and value [tokens, heads, head_size] in, the same out.
+        """
+        tables = self.bert.embeddings
+        hidden = (
+            tables.word_embeddings(input_ids) + tables.position_embeddings(positions) + tables.token_type_embeddings.weight[0]
+        )
+        hidden = self.drop(tables.LayerNorm(hidden), tables.dropout)
+        for layer in self.bert.encoder.layer:
+            attention, output = layer.attention, layer.output
+            attended = self.attention(attention.self, hidden, attend)
+            hidden = attention.output.LayerNorm(self.drop(attention.output.dense(attended), attention.output.dropout) + hidden)
+            inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(hidden))
+            hidden = output.LayerNorm(self.drop(output.dense(inner), output.dropout) + hidden)
+        return self.classifier(self.drop(torch.tanh(self.bert.pooler.dense(hidden[first])), self.dropout))
+
+    def drop(self, values: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
+        """What a dropout does in training; the same values otherwise."""
+        if not self.training or dropout.p == 0.0:
+            return values
+        if values.device.type == "cpu":
+            return cast("torch.Tensor", CpuDropout.apply(values, dropout.p))  # type: ignore[no-untyped-call]
+        return functional.dropout(values, dropout.p)
+
+    def attention(self, layer: Any, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Self-attention of one layer, before its output projection: [tokens, hidden_size]."""
+        width, device = hidden.shape[0], hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))  # once, and not for each of the three
+        query, key, value = (part(hidden).view(width, self.heads, -1) for part in (layer.query, layer.key, layer.value))
+        return attend(query, key, value).reshape(width, -1)
+
+
+class PackedBert(Bert):
+    """Reads packed rows: the tensors of a `Row` in, logits [width // 4, classes] out."""
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, reviews: torch.Tensor, first: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits of the reviews that begin at `first`."""
+        mask = torch.where(reviews.unsqueeze(0) == reviews.unsqueeze(1), 0.0, NOT_SEEN)[None, None]
+        return self.logits(input_ids, positions, first, masked(mask))
+
+
+class VarlenBert(Bert):
+    """Reads packed batches of any number of tokens, by PyTorch's variable-length attention on CUDA (in bf16 or fp16).
+
+    Elsewhere a mask does the same, at a cost that grows with the square of the batch.
+    """
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor, first: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """The logits of the reviews that begin at `first`; for the tensors see Feed.batch."""
+        if input_ids.device.type == "cuda":
+            return self.logits(input_ids, positions, first, varlen(bounds, longest))
+        place = torch.arange(len(input_ids), device=bounds.device)
+        reviews = torch.searchsorted(bounds, place, right=True)
+        mask = torch.where(reviews.unsqueeze(0) == reviews.unsqueeze(1), 0.0, NOT_SEEN)[None, None]
+        return self.logits(input_ids, positions, first, masked(mask))
+
+
+class PaddedBert(Bert):
+    """Reads padded batches: input_ids and attention_mask int64 [reviews, width] in, logits [reviews, classes] out."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The logits of the reviews."""
+        reviews, width = input_ids.shape
+        mask = None if attention_mask.all() else attention_mask[:, None, None].bool()
+        attention = small_attention if input_ids.device.type == "cpu" else functional.scaled_dot_product_attention
+        place = torch.arange(reviews * width, device=input_ids.device)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            parts = [each.view(reviews, width, self.heads, -1).transpose(1, 2) for each in (query, key, value)]
+            return attention(parts[0], parts[1], parts[2], mask).transpose(1, 2).reshape(query.shape)
+
+        return self.logits(input_ids.flatten(), place % width, place[::width], attend)
+
+
+def small_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """scaled_dot_product_attention by plain products: for reviews, which are short, five times faster than torch's on a CPU."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, NOT_SEEN)
+    return scores.softmax(-1) @ value
+
+
+class CpuDropout(torch.autograd.Function):
+    """Dropout whose mask is 16 random bits a value, four of them from each number that torch's generator draws.
+
+    A value falls out with a probability of `share` rounded to 1 / 65536.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor, share: float) -> torch.Tensor:
+        """The values, those that fall out as 0, the others divided by 1 - share."""
+        numbers = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        bits = numbers.view(torch.int16)[: values.numel()].view(values.shape)
+        context.kept, context.scale = bits >= round(share * 65536) - 32768, 1 / (1 - share)
+        return torch.where(context.kept, values, 0.0).mul_(context.scale)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, 0 where a value fell out."""
+        return torch.where(context.kept, gradient, 0.0).mul_(context.scale), None
+
+
+def masked(mask: torch.Tensor) -> Attend:
+    """Attention of all tokens to all, a mask [1, 1, tokens, tokens] added to the scores."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        parts = [each.transpose(0, 1).unsqueeze(0) for each in (query, key, value)]
+        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask.to(query.dtype))
+        return attended.squeeze(0).transpose(0, 1)
+
+    return attend
+
+
+def varlen(bounds: torch.Tensor, longest: int) -> Attend:
+    """FlashAttention within `bounds` int32 [reviews + 1], none of them further apart than `longest`."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+        assert isinstance(attended, torch.Tensor)  # noqa: S101  it is a pair only if asked for
+        return attended
+
+    return attend
+
+
+def can_pack(model: Any) -> bool:
+    """Whether a model is a BERT classifier as this module reads it."""
+    return (
+        model.config.model_type == "bert" and hasattr(model, "bert") and isinstance(getattr(model, "classifier", None), nn.Linear)
+    )
+
+
+def packs(model: Any, device: torch.device, precision: str) -> bool:
+    """Whether a model is best computed packed: on CUDA, in the precisions that the attention kernel has."""
+    return device.type == "cuda" and precision in ("bf16", "fp16") and can_pack(model)
+
+
+def reader(model: Any, packed: bool) -> nn.Module:
+    """What reads the batches of a Feed: this project's forward for a BERT classifier, else the model itself."""
+    return VarlenBert(model) if packed else PaddedBert(model) if can_pack(model) else model
