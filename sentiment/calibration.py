@@ -1,14 +1,15 @@
 """From a model's logits to probabilities that mean what they say, and from these to a label; fitted on validation."""
 
 import numpy as np
-from scipy.special import softmax
 
 LOG_TEMPERATURES = (-3.0, 3.0)
 
 
 def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
     """softmax(logits / temperature): float64 [reviews, classes]."""
-    return softmax(np.asarray(logits, np.float64) / temperature, axis=1)
+    scaled = np.asarray(logits, np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))  # as scipy.special does it, whose import takes 0.1 s
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

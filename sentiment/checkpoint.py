@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +62,10 @@ def commit(settings: Model) -> str | None:
     return Path(hf_hub_download(settings.checkpoint, "config.json", revision=settings.revision)).parent.name
 
 
-def save_tokenizer(settings: Model, texts: Sequence[str], folder: Path) -> None:
+def save_tokenizer(settings: Model, texts: Iterable[str], folder: Path) -> None:
     """Write the tokenizer to `folder` in the Hub's layout: the checkpoint's own, or one learnt from `texts`.
 
-    Raises CheckpointError if the checkpoint has none.
+    The texts are gone through twice, so that an iterator will not do. Raises CheckpointError if the checkpoint has none.
     """
     if settings.checkpoint is None:
         save_word_piece(word_piece(texts, settings.vocab_size), folder)
@@ -84,14 +84,17 @@ def save_tokenizer(settings: Model, texts: Sequence[str], folder: Path) -> None:
         raise CheckpointError(f"{settings.checkpoint} has no vocabulary; put its tokenizer.json or vocab.txt beside the weights")
 
 
-def word_piece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A cased WordPiece tokenizer learnt from `texts`: the same for the same texts.
+def word_piece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A cased WordPiece tokenizer learnt from `texts`, which are gone through twice: the same for the same texts.
 
     The library numbers the continuing characters (##a) as a hash table yields them, and breaks ties by those numbers; naming
     them beforehand, in order, makes the vocabulary reproducible.
     """
-    counts = Counter(char for text in texts for char in text if not char.isspace())
-    alphabet = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:ALPHABET])
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    seen = [char for char in counts if not char.isspace()]
+    alphabet = sorted(sorted(seen, key=lambda char: (-counts[char], char))[:ALPHABET])
     special = list(SPECIAL.values())
     learner = bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
     trainer = trainers.WordPieceTrainer(

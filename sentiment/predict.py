@@ -7,6 +7,9 @@ Run: python -m sentiment.predict reviews.csv --output scored.csv
 INPUT is a CSV, Parquet, JSON-lines or text file (one review a line), or - for lines on standard input; OUT is CSV, Parquet or
 JSON-lines by its name, or - for JSON-lines on standard output. Memory does not grow with the file. Rows without text get no
 label.
+
+On a CPU the engine scores that was measured to be the fastest for the model on this machine (see sentiment/selection.py), by the
+server or an earlier run. If none was, engines are measured now where the file is large; elsewhere torch scores, in fp32.
 """
 
 import argparse
@@ -14,25 +17,32 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sentiment import sources, text
-from sentiment.classifier import Classifier
-from sentiment.errors import DataError
-from sentiment.files import atomic
-from sentiment.logs import run_stage
-from sentiment.registry import resolve
+from sentiment import calibration, conversion, engines, selection, sources, text
+from sentiment.classifier import Classifier, Inference, pick_device
+from sentiment.engines import Choice, Engine
+from sentiment.errors import CheckpointError, DataError, ProjectError
+from sentiment.files import atomic, read_json
+from sentiment.logs import first_line, run_stage
+from sentiment.registry import Registry, find_repository, resolve
 from sentiment.sources import Row
+from sentiment.tokens import encode, load_tokenizer
 
 CHUNK_ROWS = 4096
+LARGE = 20_000  # reviews from which on choosing an engine takes less time than the right one saves
+REVIEW_BYTES = 300  # of a review in a text file, to guess how many it holds; B2W's with their columns have as many
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # of NVIDIA, its Jetson, AMD, and Linux in Windows
 STANDARD = "-"
 WriteRows = Callable[[list[Row]], None]
 log = logging.getLogger("sentiment.predict")
@@ -54,8 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise DataError(f"{options.output} would hold no columns; name the output .csv, .jsonl or .parquet")
     reviews = read(options.input)
     name, folder = resolve(options.model)
-    classifier = Classifier.load(folder, options.device)
-    log.info("model %s (%s) on %s", name, ", ".join(classifier.labels), classifier.device)
+    classifier = load(options, name, folder, expected(options.input, reviews))
     columns = options.text or (["text"] if reviews.format == "text" else classifier.inference.text)
     done = 0
     with writer(options.output, kind, schema(reviews, classifier)) as write, bar(reviews.total) as progress:
@@ -80,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="production", help="production, a version (v1.0.0), or a folder (default: production)")
     made.add_argument("--text", nargs="+", metavar="COLUMN", help="columns to read (default: those of the model's training)")
     made.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    made.add_argument("--engine", default="auto", choices=["auto", *engines.ENGINES], help="what computes on a CPU")
     return made
 
 
@@ -99,12 +109,108 @@ def read(name: str) -> Reviews:
     return Reviews(sources.rows(path, kind), kind, metadata.schema_arrow, metadata.metadata.num_rows)
 
 
-def added(classifier: Classifier) -> list[str]:
+def expected(name: str, reviews: Reviews) -> int:
+    """About how many reviews there are: of a text file by its size, 0 for standard input, whose end is not known."""
+    if reviews.total is not None:
+        return reviews.total
+    return 0 if name == STANDARD else Path(name).stat().st_size // REVIEW_BYTES
+
+
+@dataclass(frozen=True)
+class EngineClassifier:
+    """A model folder whose logits an engine computes, for `score` like a Classifier; torch is loaded only if it is the engine."""
+
+    engine: Engine
+    tokenizer: Any
+    inference: Inference
+    labels: list[str]
+
+    @classmethod
+    def load(cls, folder: Path, converted: Path, choice: Choice) -> "EngineClassifier":
+        """The model folder with the engine of a choice; raises CheckpointError if one of them cannot be read."""
+        try:
+            inference = Inference(**read_json(folder / "inference.json"))
+            names = read_json(folder / "config.json")["id2label"]
+        except Exception as error:
+            raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
+        engine = engines.load(folder, converted, choice)
+        tokenizer = load_tokenizer(folder, inference.max_length)
+        return cls(engine, tokenizer, inference, [names[str(k)] for k in range(len(names))])
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
+        cleaned = (text.clean(value, self.inference.lowercase) for value in texts)
+        input_ids = [np.asarray(ids, np.int64) for ids in encode(self.tokenizer, cleaned)]
+        return calibration.probabilities(self.engine.logits(input_ids), self.inference.temperature)
+
+    def decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """The class index of each row, by the model's own threshold: int64 [texts]."""
+        return calibration.decide(probabilities, self.inference.threshold)
+
+
+Scorer = Classifier | EngineClassifier
+
+
+def load(options: argparse.Namespace, name: str, folder: Path, number: int) -> Scorer:
+    """What scores so many reviews: torch on a GPU, the engine of a choice on the CPU."""
+    if not on_cpu(options.device):
+        if options.engine not in ("auto", "torch"):
+            raise ProjectError(f"{options.engine} computes on the CPU alone; add --device cpu, or leave --engine out")
+        classifier = Classifier.load(folder, options.device)
+        log.info("model %s (%s): torch on %s", name, ", ".join(classifier.labels), classifier.device)
+        return classifier
+    choice, converted = choose(options.engine, name, folder, number)
+    plain = (choice.engine, choice.precision) == ("torch", "fp32")
+    scorer = Classifier.load(folder, "cpu") if plain else EngineClassifier.load(folder, converted, choice)
+    labels = ", ".join(scorer.labels)
+    log.info("model %s (%s): %s in %s on the CPU (%s)", name, labels, choice.engine, choice.precision, choice.why)
+    return scorer
+
+
+def on_cpu(device: str) -> bool:
+    """Whether the CPU computes; torch, which takes seconds to import, is asked only where there may be another device."""
+    if device == "auto" and sys.platform == "linux" and not any(Path(name).exists() for name in GPU_FILES):
+        return True
+    return device == "cpu" or (device == "auto" and pick_device(device).type == "cpu")
+
+
+def choose(engine: str, name: str, folder: Path, number: int) -> tuple[Choice, Path]:
+    """The engine to score with on the CPU and the folder of its graph: chosen before, or now if there are many reviews."""
+    converted = conversion.folder_of(conversion.CACHE, folder)
+    for asked in (engine, "auto"):
+        kept = selection.known(converted, asked)
+        if kept and engine in ("auto", kept.engine):
+            return kept, converted
+    if number >= LARGE and (engine != "auto" or can_convert(folder)):
+        return measure(engine, name, folder, converted), converted
+    if engine in ("auto", "torch"):
+        return Choice("torch", "fp32", why="nothing was measured for this model here"), converted
+    return selection.quick(folder, converted, engine)
+
+
+def can_convert(folder: Path) -> bool:
+    """Whether there are other engines than torch for a model: they read BERT alone."""
+    try:
+        return bool(read_json(folder / "config.json")["model_type"] == "bert")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read ({first_line(error)}); fetch it: `dvc checkout`") from error
+
+
+def measure(engine: str, name: str, folder: Path, converted: Path) -> Choice:
+    """The choice by measurement, as the server makes it; it is kept for both."""
+    log.info("many reviews: engines are measured first, for seconds, or some minutes with a BERT-base; the choice is kept")
+    registry = None if Path(name).is_dir() else Registry(find_repository(Path()))
+    version = registry.find(name) if registry else None
+    with redirect_stdout(sys.stderr):  # NNCF draws progress bars where the rows may go
+        return selection.choose_once(folder, converted, engine, registry, version)
+
+
+def added(classifier: Scorer) -> list[str]:
     """The names of the columns that are added."""
     return ["sentiment", "score", *(f"probability_{label}" for label in classifier.labels)]
 
 
-def schema(reviews: Reviews, classifier: Classifier) -> pa.Schema | None:
+def schema(reviews: Reviews, classifier: Scorer) -> pa.Schema | None:
     """The output's Arrow schema where the input has one."""
     if reviews.schema is None:
         return None
@@ -113,7 +219,7 @@ def schema(reviews: Reviews, classifier: Classifier) -> pa.Schema | None:
     return pa.schema(kept + new)
 
 
-def score(chunk: list[tuple[int, Row]], columns: list[str], classifier: Classifier) -> list[Row]:
+def score(chunk: list[tuple[int, Row]], columns: list[str], classifier: Scorer) -> list[Row]:
     """The rows with the added columns (null where there is no text); raises DataError if a text column is not there."""
     texts = []
     for line, row in chunk:

@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-from sklearn.metrics import f1_score
 
 from sentiment import calibration, conversion, engines, text
 from sentiment.classifier import Classifier
 from sentiment.conversion import convert
 from sentiment.engines import Choice, Engine, bf16_on_openvino
-from sentiment.errors import CheckpointError, DataError
+from sentiment.errors import CheckpointError, DataError, ProjectError
 from sentiment.logs import first_line, run_stage
 from sentiment.tokens import encode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sentiment.registry import Registry, Version
 
 MAX_CHANGE = 0.001  # of macro-F1, for a precision below fp32
 FEWEST_REVIEWS = 500  # labelled ones that such a change is measured on
@@ -56,10 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     log.info("%s in %s: %s", choice.engine, choice.precision, choice.why)
 
 
-def read_reviews(path: Path | None) -> pd.DataFrame | None:
+def read_reviews(path: Path | None) -> "pd.DataFrame | None":
     """The labelled reviews to measure on: columns text, label, and prediction where it is known."""
     if path is None:
         return None
+    import pandas as pd
+
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
@@ -69,17 +74,55 @@ def read_reviews(path: Path | None) -> pd.DataFrame | None:
     return table
 
 
-def quick(model: Path, converted: Path, engine: str) -> Choice:
-    """fp32 on OpenVINO (or on the engine asked for), ready in seconds."""
-    classifier = Classifier.load(model, "cpu")
-    first = candidates(classifier, engine)[-1]
-    convert(classifier, converted, *first, [])
-    return Choice(*first, why="nothing was measured yet")
+def known(converted: Path, engine: str, reviews: Path | None = None) -> Choice | None:
+    """The choice made before, unless there are labelled reviews now and were none then."""
+    kept = conversion.read_choice(converted, engine)
+    return kept if kept and (kept.reviews or not reviews) else None
+
+
+def choose_once(
+    model: Path,
+    converted: Path,
+    engine: str,
+    registry: "Registry | None" = None,
+    version: "Version | None" = None,
+    reviews: Path | None = None,
+    threads: int | None = None,
+) -> Choice:
+    """The choice made before, else one by measurement, on the labelled reviews of a file or of the version, which is kept."""
+    with conversion.locked(converted):
+        if kept := known(converted, engine, reviews):
+            return kept
+        labelled = read_reviews(reviews) if reviews else reviews_of(registry, version)
+        choice = choose(model, converted, engine, labelled, threads)
+        conversion.write_choice(converted, engine, choice)
+        return choice
+
+
+def reviews_of(registry: "Registry | None", version: "Version | None") -> "pd.DataFrame | None":
+    """The version's own test reviews, or None, with a line in the log, where they are not to be had."""
+    if not registry or not version:
+        return None
+    try:
+        return registry.test_reviews(version)
+    except ProjectError as error:
+        log.warning("%s has no test reviews here, so fp32 serves it: %s", version.name, first_line(error))
+        return None
+
+
+def quick(model: Path, converted: Path, engine: str) -> tuple[Choice, Path]:
+    """fp32 on OpenVINO (or on the engine asked for), ready in seconds, and its folder: another process may be measuring."""
+    converted /= "quick"
+    with conversion.locked(converted):
+        classifier = Classifier.load(model, "cpu")
+        first = candidates(classifier, engine)[-1]
+        convert(classifier, converted, *first, [])
+        return Choice(*first, why="nothing was measured yet"), converted
 
 
 def candidates(classifier: Classifier, engine: str) -> list[Candidate]:
     """What can serve a model on this CPU, the one to begin with at the end; raises CheckpointError if nothing can."""
-    from sentiment.packed_bert import can_pack
+    from sentiment.bert import can_pack
 
     packs = can_pack(classifier.model)
     if engine not in ("auto", "torch") and not packs:
@@ -90,7 +133,7 @@ def candidates(classifier: Classifier, engine: str) -> list[Candidate]:
     return [Candidate(name, precision) for name in chosen for precision in known[name]]
 
 
-def choose(model: Path, converted: Path, engine: str, reviews: pd.DataFrame | None, threads: int | None = None) -> Choice:
+def choose(model: Path, converted: Path, engine: str, reviews: "pd.DataFrame | None", threads: int | None = None) -> Choice:
     """The fastest candidate that keeps the answers; conversions are left in `converted`."""
     classifier = Classifier.load(model, "cpu")
     examples, labelled = split_reviews(classifier, reviews)
@@ -124,7 +167,7 @@ class Labelled(NamedTuple):
     predictions: np.ndarray | None
 
 
-def split_reviews(classifier: Classifier, reviews: pd.DataFrame | None) -> tuple[list[np.ndarray], Labelled | None]:
+def split_reviews(classifier: Classifier, reviews: "pd.DataFrame | None") -> tuple[list[np.ndarray], Labelled | None]:
     """Token ids for the fitting of int8 (of rows without a label, else of the first ones), and the labelled rest.
 
     None in place of the labelled ones if there are fewer than 500.
@@ -146,7 +189,7 @@ def split_reviews(classifier: Classifier, reviews: pd.DataFrame | None) -> tuple
     )
 
 
-def tokenized(classifier: Classifier, texts: pd.Series) -> list[np.ndarray]:
+def tokenized(classifier: Classifier, texts: "pd.Series") -> list[np.ndarray]:
     """Token ids of texts, as the model reads them."""
     cleaned = (text.clean(str(value), classifier.inference.lowercase) for value in texts)
     return [np.asarray(ids, np.int64) for ids in encode(classifier.tokenizer, cleaned)]
@@ -194,6 +237,8 @@ def fastest_that_keeps(
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray, classes: int) -> float:
     """The unweighted mean of the classes' F1."""
+    from sklearn.metrics import f1_score
+
     return float(f1_score(labels, predictions, labels=np.arange(classes), average="macro", zero_division=0))
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sentiment import conversion, engines, logs
+from sentiment import conversion, engines, logs, selection
 from sentiment.engines import Choice
 from sentiment.errors import ProjectError
 from sentiment.files import write_json
@@ -83,26 +83,12 @@ def choose(
     converted = conversion.folder_of(options.cache, folder)
     if gpu := on_gpu(options.device, options.engine):
         return gpu, converted, True
-    if kept := known(options, converted):
+    if kept := selection.known(converted, options.engine, options.reviews):
         return kept, converted, True
-    from sentiment import selection
-
     if options.quick:
-        converted /= "quick"
-        with conversion.locked(converted):
-            return selection.quick(folder, converted, options.engine), converted, False
-    with conversion.locked(converted):
-        if kept := known(options, converted):
-            return kept, converted, True
-        choice = selection.choose(folder, converted, options.engine, reviews(options, registry, version), options.threads)
-        conversion.write_choice(converted, options.engine, choice)
-        return choice, converted, True
-
-
-def known(options: argparse.Namespace, converted: Path) -> Choice | None:
-    """The choice made before, unless there are labelled reviews now and were none then."""
-    kept = conversion.read_choice(converted, options.engine)
-    return kept if kept and (kept.reviews or not options.reviews) else None
+        return *selection.quick(folder, converted, options.engine), False
+    made = selection.choose_once(folder, converted, options.engine, registry, version, options.reviews, options.threads)
+    return made, converted, True
 
 
 def on_gpu(device: str, engine: str) -> Choice | None:
@@ -119,21 +105,6 @@ def on_gpu(device: str, engine: str) -> Choice | None:
     pick_device("cuda")
     precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return Choice("torch", precision, why="a CUDA GPU is here", device="cuda")
-
-
-def reviews(options: argparse.Namespace, registry: Registry | None, version: Version | None) -> Any:
-    """The labelled reviews to measure engines on, or None, with a line in the log, where they are not to be had."""
-    if options.reviews:
-        from sentiment import selection
-
-        return selection.read_reviews(options.reviews)
-    if not registry or not version:
-        return None
-    try:
-        return registry.test_reviews(version)
-    except ProjectError as error:
-        log.warning("%s has no test reviews here, so fp32 serves it: %s", version.name, first_line(error))
-        return None
 
 
 def metrics(registry: Registry | None, version: Version | None) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ def stage_outs(stage):
     return [*stage.get("outs", []), *stage.get("metrics", [])]
 
 
-@pytest.mark.parametrize("name", ["download", "prepare", "tokenize"])
+@pytest.mark.parametrize("name", ["download", "prepare", "tokenize", "promote"])
 def test_a_short_stage_does_not_wait_for_torch(name):
     code = f"import sys, stages.{name}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -1,16 +1,22 @@
 """A model folder that classifies, and files scored with it."""
 
 import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import models
-from sentiment import predict
+from sentiment import conversion, predict, selection
 from sentiment.classifier import Classifier
-from sentiment.errors import CheckpointError, DataError
+from sentiment.engines import Choice
+from sentiment.errors import CheckpointError, DataError, ProjectError
 
+ROOT = Path(__file__).resolve().parent.parent
 ADDED = ["sentiment", "score", "probability_negativo", "probability_positivo"]
 
 
@@ -22,6 +28,38 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(folder):
     return Classifier.load(folder, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of engines and their choices, of this test alone."""
+    monkeypatch.setattr(conversion, "CACHE", tmp_path / "engines")
+    return tmp_path / "engines"
+
+
+@pytest.fixture
+def converted(cache, folder, classifier):
+    """The model's folder in the cache after OpenVINO in fp32 was chosen for it."""
+    converted = conversion.folder_of(cache, folder)
+    with conversion.locked(converted):
+        conversion.convert(classifier, converted, "openvino", "fp32", [])
+        conversion.write_choice(converted, "auto", Choice("openvino", "fp32", why="foi a mais rápida"))
+    return converted
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The calls of selection.choose, which chooses torch at once; from the fifth review on an input is large."""
+    calls = []
+
+    def choose(model, converted, engine, reviews, threads=None):
+        print("a progress bar")  # noqa: T201
+        calls.append((model, engine, reviews))
+        return Choice("torch", "fp32", why="foi medido")
+
+    monkeypatch.setattr(selection, "choose", choose)
+    monkeypatch.setattr(predict, "LARGE", 5)
+    return calls
 
 
 @pytest.fixture
@@ -36,8 +74,9 @@ def table(tmp_path):
     return frame
 
 
-def run(folder, tmp_path, source, output):
-    predict.main([str(tmp_path / source), "--output", str(tmp_path / output), "--model", str(folder), "--device", "cpu"])
+def run(folder, tmp_path, source, output, *options):
+    model = ["--model", str(folder), "--device", "cpu"]
+    predict.main([str(tmp_path / source), "--output", str(tmp_path / output), *model, *options])
     readers = {"csv": pd.read_csv, "parquet": pd.read_parquet, "jsonl": lambda path: pd.read_json(path, lines=True)}
     return readers[output.split(".")[1]](tmp_path / output)
 
@@ -113,3 +152,113 @@ def test_a_malformed_line_in_the_middle_leaves_no_output(folder, tmp_path):
     with pytest.raises(DataError, match="line 2"):
         run(folder, tmp_path, "in.jsonl", "out.csv")
     assert not (tmp_path / "out.csv").exists()
+
+
+def values(scored):
+    """The probabilities that were written, without the rows that have none."""
+    return scored[ADDED[2:]].dropna().to_numpy(float)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
+def test_every_engine_gives_the_answers_of_torch_in_fp32(folder, classifier, tmp_path, table, engine, caplog):
+    with caplog.at_level(logging.INFO, "sentiment"):
+        scored = run(folder, tmp_path, "in.csv", "out.csv", "--engine", engine)
+    assert f"{engine} in fp32 on the CPU (nothing was measured" in caplog.text
+    expected = classifier.probabilities(table["text"].dropna().tolist())
+    assert values(scored) == pytest.approx(expected, abs=1e-4)
+    assert scored["sentiment"].dropna().tolist() == [classifier.labels[k] for k in classifier.decide(expected)]
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino"])
+def test_a_kept_choice_scores_and_loads_no_torch(folder, classifier, converted, tmp_path, table, engine):
+    arguments = [str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv"), "--model", str(folder)]
+    code = f"""
+import sys, logging
+from pathlib import Path
+from sentiment import conversion, predict
+logging.basicConfig(level=logging.INFO)
+conversion.CACHE = Path({str(converted.parent)!r})
+predict.main([*{arguments}, "--device", "cpu", "--engine", {engine!r}])
+print(*{{"torch", "transformers", "sklearn"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+    assert "openvino in fp32 on the CPU (foi a mais rápida)" in done.stderr
+    expected = classifier.probabilities(table["text"].dropna().tolist())
+    assert values(pd.read_csv(tmp_path / "out.csv")) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_kept_choice_is_not_measured_again_whatever_the_input(folder, converted, tmp_path, table, measured):
+    run(folder, tmp_path, "in.parquet", "out.parquet")
+    assert measured == []
+
+
+def test_a_kept_choice_of_another_engine_is_not_the_one_asked_for(folder, converted):
+    choice, where = predict.choose("onnxruntime", str(folder), folder, 1)
+    assert (choice.engine, choice.precision, where) == ("onnxruntime", "fp32", converted / "quick")
+
+
+def test_a_graph_that_cannot_be_read_is_an_error_and_no_reason_for_torch(folder, converted, tmp_path, table):
+    (converted / "fp32.xml").write_text("<net")
+    with pytest.raises(CheckpointError, match="remove that folder"):
+        run(folder, tmp_path, "in.csv", "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_an_engine_of_the_cpu_is_refused_on_another_device(folder, tmp_path, table, device):
+    with pytest.raises(ProjectError, match="openvino computes on the CPU alone; add --device cpu"):
+        run(folder, tmp_path, "in.csv", "out.csv", "--engine", "openvino", "--device", device)
+
+
+def test_without_a_gpus_files_torch_is_not_asked_for_one(monkeypatch):
+    monkeypatch.setattr(predict, "pick_device", lambda _: pytest.fail("torch is imported"))
+    monkeypatch.setattr(predict, "GPU_FILES", ())
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert predict.on_cpu("auto")
+    assert not predict.on_cpu("cuda")
+
+
+@pytest.mark.parametrize("source", ["in.csv", "in.parquet", "in.jsonl"])
+def test_engines_are_measured_once_for_a_large_input(folder, tmp_path, table, cache, measured, source, caplog):
+    with caplog.at_level(logging.INFO, "sentiment"):
+        run(folder, tmp_path, source, "out.csv")
+        run(folder, tmp_path, source, "out.csv")
+    assert measured == [(folder, "auto", None)]
+    assert caplog.text.count("engines are measured first") == 1
+    assert conversion.read_choice(conversion.folder_of(cache, folder), "auto").why == "foi medido"
+
+
+def test_what_measuring_prints_does_not_stand_among_the_rows(folder, tmp_path, table, measured, capsys):
+    predict.main([str(tmp_path / "in.jsonl"), "--model", str(folder), "--device", "cpu"])
+    told = capsys.readouterr()
+    assert len([json.loads(line) for line in told.out.splitlines()]) == 50
+    assert "a progress bar" in told.err
+
+
+def test_nothing_is_measured_for_a_small_input(folder, tmp_path, table, measured, monkeypatch):
+    monkeypatch.setattr(predict, "LARGE", 51)
+    run(folder, tmp_path, "in.parquet", "out.csv")
+    assert measured == []
+
+
+def test_standard_input_is_not_known_to_be_large():
+    assert predict.expected("-", predict.Reviews(iter(()), "text")) == 0
+
+
+def test_a_version_is_measured_on_its_own_reviews(promoted, inside, monkeypatch, tmp_path):
+    inside(promoted)
+    monkeypatch.setattr(selection, "choose_once", lambda *arguments: arguments)
+    _, _, engine, registry, version = predict.measure("auto", "v1.0.0", tmp_path, tmp_path)
+    assert (engine, registry.root, version.name) == ("auto", promoted.path.resolve(), "v1.0.0")
+    assert predict.measure("auto", str(tmp_path), tmp_path, tmp_path)[3:] == (None, None)
+
+
+def test_only_a_bert_is_measured_unless_an_engine_is_asked_for(folder, tmp_path, measured, cache):
+    other = models.model_folder(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "distilbert"}))
+    choice, _ = predict.choose("auto", str(other), other, 10**6)
+    assert (choice.engine, choice.precision, measured) == ("torch", "fp32", [])
+    predict.choose("auto", str(folder), folder, 10**6)
+    assert len(measured) == 1

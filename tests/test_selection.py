@@ -10,7 +10,8 @@ import models
 from sentiment import conversion, engines, selection
 from sentiment.classifier import Classifier
 from sentiment.engines import Choice
-from sentiment.errors import CheckpointError, DataError
+from sentiment.errors import CheckpointError, DataError, RegistryError
+from sentiment.registry import Version
 
 SMALL = ("openvino", "onnxruntime")
 
@@ -175,6 +176,38 @@ def test_reviews_without_the_columns_are_refused(tmp_path):
         selection.read_reviews(tmp_path / "reviews.parquet")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         selection.read_reviews(tmp_path / "nada.parquet")
+
+
+class Versions:
+    """A registry that has certain test reviews of every version, or none."""
+
+    def __init__(self, reviews=None):
+        self.reviews = reviews
+
+    def test_reviews(self, version):
+        if self.reviews is None:
+            raise RegistryError("they are not in DVC's cache")
+        return self.reviews
+
+
+def test_a_version_is_measured_once_and_on_its_own_test_reviews(folder, tmp_path, labelled):
+    version = Version("v1.0.0", "0" * 40)
+    made = selection.choose_once(folder, tmp_path, "onnxruntime", Versions(labelled), version)
+    assert {each["precision"] for each in made.measured} == {"int8", "fp32"}
+    again = selection.choose_once(folder, tmp_path, "onnxruntime", Versions(), version)
+    assert (again.engine, again.precision, again.reviews) == (made.engine, made.precision, made.reviews)
+
+
+def test_a_version_without_its_test_reviews_is_measured_in_fp32(folder, tmp_path, caplog):
+    made = selection.choose_once(folder, tmp_path, "onnxruntime", Versions(), Version("v1.0.0", "0" * 40))
+    assert {each["precision"] for each in made.measured} == {"fp32"}
+    assert "v1.0.0 has no test reviews here" in caplog.text
+
+
+def test_a_choice_without_labelled_reviews_is_made_again_where_some_are_given(tmp_path):
+    conversion.write_choice(tmp_path, "auto", Choice("torch", "fp32", why="assim"))
+    assert selection.known(tmp_path, "auto").why == "assim"
+    assert selection.known(tmp_path, "auto", tmp_path / "reviews.parquet") is None
 
 
 def test_no_usage_statistics_are_sent():
