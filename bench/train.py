@@ -171,7 +171,10 @@ def heading(options: argparse.Namespace, reviews: int) -> str:
         f"- machine: {machine(options.device)}",
         f"- versions: Python {platform.python_version()}, " + ", ".join(f"{each} {version(each)}" for each in PACKAGES),
         f"- model: {name} ({config}); {reviews} reviews of {Path(options.reviews).name}",
-        f"- each recipe timed for at least {options.seconds:g} s after some steps of warming up; memory: the most that was taken",
+        (
+            f"- each recipe timed for at least {options.seconds:g} s after some steps of warming up, Trainer and ours over 1600 "
+            "reviews or all; memory: the most that was taken"
+        ),
         f"- ours: batches of up to {options.batch_tokens or BUDGETS[options.device]} tokens"
         + (", compiled" if options.compile else ""),
     ]
