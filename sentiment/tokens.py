@@ -72,7 +72,7 @@ def mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:
     dtype, shape, begin = np.dtype(TYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"][0]
     if 0 in shape:  # nothing to map
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", start + begin, shape)
+    return np.memmap(path, dtype, "c", start + begin, shape)  # writable, in memory alone: torch warns of what is not
 
 
 class Writer:
