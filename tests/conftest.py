@@ -19,8 +19,8 @@ TINY = {
     "model.heads": 2,
     "model.intermediate_size": 64,
     "model.vocab_size": 1000,
-    "train.epochs": 1,
-    "train.batch_tokens": 4096,
+    "train.epochs": 2,
+    "train.batch_tokens": 512,
     "evaluate.bootstrap": 100,
 }
 REVIEWS = 600  # of the sample, for a run of the whole pipeline
