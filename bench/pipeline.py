@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ class Stage(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then, too
     with tempfile.TemporaryDirectory(prefix="bench-pipeline-") as name:
         folder = Path(name)
         clone, environment = cloned(folder), outside(folder)

@@ -12,6 +12,7 @@ reviews: memory should stay as it is, and time grow as they do.
 import argparse
 import logging
 import platform
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ class Measured(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then, too
     tokenizer = load_tokenizer(options.tokenizer, options.max_length)
     with tempfile.TemporaryDirectory(prefix="bench-tokenize-") as name:
         folder = Path(name)
