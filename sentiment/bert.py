@@ -5,7 +5,7 @@ PaddedBert have the same width. The tokens of a review see only each other, and 
 logits equal those of each review alone to rounding.
 
 Two things differ from transformers' own forward in training: attention has no dropout (the kernel for packed reviews has none;
-whether that costs F1 is measured in bench/order.md), and dropout on a CPU draws its masks four at a time, in a third of
+bench/order.py compares F1 with and without), and dropout on a CPU draws its masks four at a time, in a third of
 the time.
 """
 

@@ -93,13 +93,14 @@ class Classifier:
         import torch
 
         from sentiment.bert import packs, reader
-        from sentiment.devices import native_precision
+        from sentiment.devices import HALF, native_precision
         from sentiment.feed import Feed
 
-        packed = packs(self.model, self.device, native_precision(self.device.type))
+        precision = native_precision(self.device.type)
+        packed = packs(self.model, self.device, precision)
         module = reader(self.model, packed).eval()
         feed = Feed(tokens, self.device, self.tokenizer.token_to_id("[PAD]") or 0, packed)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=packed):
+        with torch.autocast(self.device.type, HALF.get(precision), enabled=packed):
             return logits(module, feed, feed.in_order(batch_tokens), len(self.labels)).cpu().numpy()
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 # Dense matrix operations a second by the makers' data sheets, in the order in which the names are looked for: bf16/fp16, fp32.
 PEAKS = {

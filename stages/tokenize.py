@@ -68,7 +68,7 @@ def main() -> None:
 
 def read(path: Path) -> Iterator[tuple[list[str], np.ndarray]]:
     """The texts and the labels of a prepared file, some thousands at a time."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # or it keeps all that it has read
         for batch in file.iter_batches(tokens.CHUNK, columns=["text", "label"]):
             yield batch.column("text").to_pylist(), batch.column("label").to_numpy()
 
