@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from bench import train
-from sentiment import checkpoint, params, tokens, training
+from sentiment import checkpoint, loop, params, tokens, training
 from sentiment.files import atomic, read_json
 from sentiment.logs import run_stage
 
@@ -66,17 +66,17 @@ def best_f1(way: str, seed: int, epochs: int, folder: Path) -> float:
         "device": "cpu", "seed": seed, "epochs": epochs, "patience": None, "batch_tokens": BATCH_TOKENS, "batching": WAYS[way],
         "lr": 5e-4, "checkpoint_every": 10**9, "log_every": 50,
     }  # fmt: skip
-    settings = params.check(values)
-    training.seed(seed)
+    settings: params.Params = params.check(values)
+    loop.seed(seed)
     model: Any = checkpoint.load_model(settings.model, found["names"], tokenizer, 512)
-    loop = training.Loop(
+    run = training.FineTuning(
         model, splits["train"], splits["held_out"], 0, found["names"], settings.train, folder / f"{way}-{seed}",
         json.dumps([way, seed]), lambda *_: None,
     )  # fmt: skip
     if way.endswith("dropout"):
-        loop.module = model
-        loop.model = loop.accelerator.prepare(model)
-    result = loop.run()
+        run.module = model
+        run.model = run.accelerator.prepare(model)
+    result = run.run()
     return max(row["validation_f1_macro"] for row in result.history)
 
 

@@ -25,6 +25,7 @@ from sentiment.bert import reader
 from sentiment.classifier import logits
 from sentiment.devices import native_precision, peak_flops, step_flops
 from sentiment.feed import Feed
+from sentiment.loop import epoch_batches, seed
 from sentiment.metrics import score
 
 LONGEST = 512
@@ -59,7 +60,7 @@ class Run:
     def __init__(self, data: Data, device: torch.device, batch_tokens: int, compiled: bool = False) -> None:
         self.data, self.device, self.batch_tokens, self.compiled = data, device, batch_tokens, compiled
         self.tokenizer = tokens.load_tokenizer(data.model, LONGEST)
-        training.seed(0)
+        seed(0)
         self.model = AutoModelForSequenceClassification.from_pretrained(data.model, local_files_only=True).to(device)
         self.lr = LR["large" if self.model.num_parameters() > 30e6 else "small"]
 
@@ -190,13 +191,13 @@ class Ours(Run):
             "batching": "auto", "compile": self.compiled, "class_weights": None, "label_smoothing": 0.0, "max_grad_norm": 1.0,
         }  # fmt: skip
         split, held_out = (self.ragged(*each) for each in (self.data[1:3], self.data[3:5]))
-        loop = training.Loop(
+        loop = training.FineTuning(
             self.model, split, held_out, 0, self.data.names, params.check(values).train, Path(mkdtemp()) / "checkpoint", "bench",
             lambda *_: None,
         )  # fmt: skip
         loop.model.train()
         for epoch in range(epochs):
-            for micro_batches in training.epoch_batches(loop.feed, epoch, loop.settings):
+            for micro_batches in epoch_batches(loop.feed, epoch, loop.settings):
                 loop.train_step(micro_batches)
                 yield Step(loop.feed.lengths[np.concatenate(micro_batches)], loop.computed(micro_batches))
             loop.model.train()

@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 NOT_SEEN = -10_000.0  # added to the attention scores of other reviews: far below any score, and exact in bf16
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Attend]  # input_ids, positions, first, attend: see Bert.logits
 
 
 class Bert(nn.Module):
@@ -26,11 +27,17 @@ class Bert(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.bert, self.classifier, self.heads = model.bert, model.classifier, model.config.num_attention_heads
+        self.bert, self.heads = model.bert, model.config.num_attention_heads
+        self.classifier: Any = getattr(model, "classifier", None)  # a language model has none
         self.dropout = getattr(model, "dropout", nn.Dropout(0.0))
 
     def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """The logits of the reviews that begin at `first`: [reviews, classes].
+        """The logits of the reviews that begin at `first`: [reviews, classes]."""
+        hidden = self.encode(input_ids, positions, attend)
+        return self.classifier(self.drop(torch.tanh(self.bert.pooler.dense(hidden[first])), self.dropout))
+
+    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """What the last layer makes of each token: [tokens, hidden_size].
 
         `attend` is the attention within each review: query, key and value [tokens, heads, head_size] in, the same out.
         """
@@ -45,7 +52,7 @@ class Bert(nn.Module):
             hidden = attention.output.LayerNorm(self.drop(attention.output.dense(attended), attention.output.dropout) + hidden)
             inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(hidden))
             hidden = output.LayerNorm(self.drop(output.dense(inner), output.dropout) + hidden)
-        return self.classifier(self.drop(torch.tanh(self.bert.pooler.dense(hidden[first])), self.dropout))
+        return hidden
 
     def drop(self, values: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
         """What a dropout does in training; the same values otherwise."""
@@ -81,16 +88,20 @@ class VarlenBert(Bert):
     Elsewhere a mask does the same, at a cost that grows with the square of the batch.
     """
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor, first: torch.Tensor, longest: int
-    ) -> torch.Tensor:
+    def forward(self, **inputs: Any) -> torch.Tensor:
         """The logits of the reviews that begin at `first`; for the tensors see Feed.batch."""
+        return self.logits(*self.layout(**inputs))
+
+    def layout(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor, first: torch.Tensor, longest: int
+    ) -> Layout:
+        """The batch as Bert reads it."""
         if input_ids.device.type == "cuda":
-            return self.logits(input_ids, positions, first, varlen(bounds, longest))
+            return input_ids, positions, first, varlen(bounds, longest)
         place = torch.arange(len(input_ids), device=bounds.device)
         reviews = torch.searchsorted(bounds, place, right=True)
         mask = torch.where(reviews.unsqueeze(0) == reviews.unsqueeze(1), 0.0, NOT_SEEN)[None, None]
-        return self.logits(input_ids, positions, first, masked(mask))
+        return input_ids, positions, first, masked(mask)
 
 
 class PaddedBert(Bert):
@@ -98,6 +109,10 @@ class PaddedBert(Bert):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The logits of the reviews."""
+        return self.logits(*self.layout(input_ids, attention_mask))
+
+    def layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Layout:
+        """The batch as Bert reads it."""
         reviews, width = input_ids.shape
         mask = None if attention_mask.all() else attention_mask[:, None, None].bool()
         attention = small_attention if input_ids.device.type == "cpu" else functional.scaled_dot_product_attention
@@ -107,7 +122,7 @@ class PaddedBert(Bert):
             parts = [each.view(reviews, width, self.heads, -1).transpose(1, 2) for each in (query, key, value)]
             return attention(parts[0], parts[1], parts[2], mask).transpose(1, 2).reshape(query.shape)
 
-        return self.logits(input_ids.flatten(), place % width, place[::width], attend)
+        return input_ids.flatten(), place % width, place[::width], attend
 
 
 def small_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -175,9 +175,16 @@ def no_progress_bars() -> None:
 
 def small_bert(settings: Model, names: dict[str, Any], tokenizer: Tokenizer, max_length: int) -> "PreTrainedModel":
     """A BERT classifier of the sizes in params.yaml, with random weights."""
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
-    config = BertConfig(
+    return BertForSequenceClassification(small_config(settings, tokenizer, max_length, **names))
+
+
+def small_config(settings: Model, tokenizer: Tokenizer, max_length: int, **more: Any) -> Any:
+    """The configuration of a BERT of the sizes that the parameters give."""
+    from transformers import BertConfig
+
+    return BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.layers,
@@ -187,6 +194,5 @@ def small_bert(settings: Model, names: dict[str, Any], tokenizer: Tokenizer, max
         attention_probs_dropout_prob=settings.dropout,
         max_position_embeddings=-(-max_length // LENGTH_STEP) * LENGTH_STEP,
         pad_token_id=tokenizer.token_to_id("[PAD]"),
-        **names,
+        **more,
     )
-    return BertForSequenceClassification(config)

@@ -45,6 +45,11 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def digest(value: str) -> bytes:
+    """Eight bytes that stand for a string, the same on every machine."""
+    return hashlib.blake2b(value.encode(), digest_size=8).digest()
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:

@@ -5,7 +5,7 @@ YAML 1.2, since DVC writes `3e-05` for `-S train.lr=3e-5`, which a YAML 1.1 read
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
@@ -15,6 +15,7 @@ from sentiment.errors import ParamsError
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
+Kind = TypeVar("Kind", bound="Section")
 
 
 class Section(BaseModel):
@@ -84,13 +85,14 @@ class Model(Section):
         return self
 
 
-class Train(Section):
+class Steps(Section):
+    """What every training loop is told."""
+
     launcher: Text
     device: Literal["auto", "cuda", "mps", "cpu"]
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     epochs: Count
-    patience: Count | None
     batch_tokens: Count
     batching: Literal["auto", "packed", "padded"]
     compile: bool
@@ -100,10 +102,14 @@ class Train(Section):
     decay: Literal["linear", "cosine", "constant"]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     log_every: Count
     checkpoint_every: Count
+
+
+class Train(Steps):
+    patience: Count | None
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
 
 
 class Evaluate(Section):
@@ -154,6 +160,11 @@ def load(path: str | Path = "params.yaml") -> Params:
 
     Raises ParamsError, naming the key, its value and what it may be, where anything is wrong.
     """
+    return validated(Params, path)
+
+
+def validated(kind: type[Kind], path: str | Path) -> Kind:
+    """The parameters of a file as `kind`; raises ParamsError as `load` does."""
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -162,13 +173,13 @@ def load(path: str | Path = "params.yaml") -> Params:
         raise ParamsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ParamsError(f"{path} holds no sections; `git checkout {path}` brings the original back")
-    return check(values, str(path))
+    return check(values, str(path), kind)
 
 
-def check(values: dict[str, Any], path: str = "params.yaml") -> Params:
+def check(values: dict[str, Any], path: str = "params.yaml", kind: type[Kind] = Params) -> Kind:  # type: ignore[assignment]
     """The parameters from a plain dict; raises ParamsError as `load` does."""
     try:
-        return Params.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(sentence(dict(problem)) for problem in error.errors()))
         raise ParamsError(f"{path}: {problems}; correct it there, or with -S KEY=VALUE") from None

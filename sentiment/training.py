@@ -1,42 +1,30 @@
-"""The training loop: batches of a token budget over accelerate, on one device or many, resumed where it was interrupted.
+"""Fine-tuning a classifier: weighted cross-entropy, validated each epoch, the best epoch by validation F1 kept."""
 
-All that the loop draws at random comes from the seed and from torch's generator, whose state is in every checkpoint: a run
-that was interrupted ends with the same weights as one that was not.
-"""
-
-import contextlib
 import logging
-import math
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from sentiment import metrics
 from sentiment.bert import can_pack, packs, reader
 from sentiment.calibration import probabilities
-from sentiment.classifier import logits, pick_device
-from sentiment.devices import describe, keep_freed_memory, native_precision, peak_flops, step_flops
+from sentiment.classifier import logits
+from sentiment.devices import describe
 from sentiment.errors import TrainingError
 from sentiment.feed import Feed, forward
-from sentiment.files import atomic, read_json, remove, write_json
+from sentiment.files import atomic
+from sentiment.loop import LogMetrics, Loop, Progress, accelerator_for
 from sentiment.params import Train
 from sentiment.tokens import Tokens
 
 VALIDATION_TOKENS = 8192
+SHOWN = ("loss", "accuracy", "f1", "f1_macro", "roc_auc")
 log = logging.getLogger(__name__)
-LogMetrics = Callable[[int, dict[str, float]], None]
 
 
 class Result(NamedTuple):
@@ -50,60 +38,12 @@ class Result(NamedTuple):
 
 
 @dataclass
-class Progress:
-    """Where a run is; kept beside every checkpoint. `points` are the logged values, to be shown again after a resume."""
+class BestSoFar(Progress):
+    """Where a run is, and which epoch was the best; `worse` epochs have come since."""
 
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
     best_f1: float = -1.0
     best_epoch: int = 0
     worse: int = 0
-    loss_sum: float = 0.0
-    window_loss: float = 0.0
-    window_steps: int = 0
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    finished: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-
-
-def accelerator_for(settings: Train) -> tuple[Accelerator, str]:
-    """The accelerator of the wanted device, and the precision it computes in.
-
-    Raises TrainingError where the device or the precision is not had.
-    """
-    device = pick_device(settings.device)
-    precision = settings.precision if settings.precision != "auto" else native_precision(device.type)
-    if precision == "fp16" and device.type == "cpu":
-        raise TrainingError("train.precision fp16 is not computed on a CPU; set it to auto, bf16 or fp32")
-    try:
-        mixed = "no" if precision == "fp32" else precision
-        accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
-    except ValueError as error:
-        raise TrainingError(f"train.precision {precision} is not had on this device ({error}); set it to auto") from error
-    return accelerator, precision
-
-
-def rate(step: int, total: int, settings: Train) -> float:
-    """The learning rate's factor at a step, between 0 and 1: linear warm-up, then the decay of `train.decay` to 0."""
-    warm = max(1, round(settings.warmup * total)) if settings.warmup else 0
-    if step < warm:
-        return (step + 1) / warm
-    left = (total - step) / max(1, total - warm)
-    if settings.decay == "linear":
-        return left
-    return 0.5 * (1 - math.cos(math.pi * left)) if settings.decay == "cosine" else 1.0
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases (all that has one dimension) without."""
-    named = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in named if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in named if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def class_weights(counts: np.ndarray, settings: Train, names: list[str]) -> np.ndarray:
@@ -115,12 +55,6 @@ def class_weights(counts: np.ndarray, settings: Train, names: list[str]) -> np.n
     return np.ones(len(counts), np.float32)
 
 
-def epoch_batches(feed: Feed, epoch: int, settings: Train) -> list[list[np.ndarray]]:
-    """The batches of an epoch in order, those of one optimizer step together; the same for the same seed and epoch."""
-    plan = feed.in_random_order(settings.batch_tokens, np.random.default_rng([settings.seed, epoch]))
-    return [plan[start : start + settings.accumulation] for start in range(0, len(plan), settings.accumulation)]
-
-
 def check_packing(model: Any, device: torch.device, precision: str) -> None:
     """Raise TrainingError where packed batches cannot be computed."""
     if not can_pack(model):
@@ -129,147 +63,46 @@ def check_packing(model: Any, device: torch.device, precision: str) -> None:
         raise TrainingError("train.batching packed needs train.precision bf16 or fp16 on CUDA; set one of the two to auto")
 
 
-class Window:
-    """The steps since the last line of the log."""
+class FineTuning(Loop):
+    """One run of fine-tuning. `run` is what its users call."""
 
-    def __init__(self, device: torch.device, loss: float = 0.0, steps: int = 0) -> None:
-        self.loss, self.steps = torch.full((), loss, device=device), steps
-        self.lengths: list[np.ndarray] = []
-        self.computed, self.start = 0, time.perf_counter()
-
-    def add(self, loss: torch.Tensor, lengths: list[np.ndarray], computed: int) -> None:
-        """Count a step: its loss, the lengths in tokens of the reviews of each of its batches, and the tokens computed."""
-        self.loss += loss
-        self.steps += 1
-        self.lengths += lengths
-        self.computed += computed
-
-
-class Loop:
-    """One run of training. `run` is what its users call."""
+    kind_of_progress = BestSoFar
+    progress: BestSoFar
+    settings: Train
 
     def __init__(
         self, model: Any, train: Tokens, validation: Tokens, pad_id: int, names: list[str], settings: Train,
         folder: Path, fingerprint: str, log_metrics: LogMetrics,
     ) -> None:  # fmt: skip
-        self.settings, self.names = settings, names
-        self.folder, self.fingerprint, self.log_metrics = folder, fingerprint, log_metrics
-        self.accelerator, self.precision = accelerator_for(settings)
-        self.device = self.accelerator.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.base = model
-        packed = settings.batching == "packed" or (settings.batching == "auto" and packs(model, self.device, self.precision))
+        ready = accelerator, precision = accelerator_for(settings)
+        device = accelerator.device
+        packed = settings.batching == "packed" or (settings.batching == "auto" and packs(model, device, precision))
         if packed:
-            check_packing(model, self.device, self.precision)
-        self.module = module = reader(model, packed)
-        self.feed, self.validation = (Feed(tokens, self.device, pad_id, packed) for tokens in (train, validation))
-        self.validation_labels = validation.labels.astype(int)
-        if settings.compile:
-            module.compile()
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay), lr=settings.lr, fused=self.device.type in ("cpu", "cuda")
-        )
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+            check_packing(model, device, precision)
+        feed, self.validation = (Feed(tokens, device, pad_id, packed) for tokens in (train, validation))
+        super().__init__(model, reader(model, packed), feed, settings, ready, folder, fingerprint, log_metrics)
+        self.names, self.validation_labels = names, validation.labels.astype(int)
         weights = class_weights(np.bincount(train.labels, minlength=len(names)), settings, names)
         self.review_weights = weights[train.labels]
         self.weights = torch.from_numpy(weights).to(self.device)
-        self.total = sum(len(epoch_batches(self.feed, epoch, settings)) for epoch in range(settings.epochs))
-        self.progress = Progress()
-        self.interrupted = False
-        self.window = Window(self.device)
-        self.peak = peak_flops(self.device, self.precision)
 
     def run(self) -> Result:
         """Train to the end, or to the last epoch worth it; leaves the best epoch's weights in the model."""
-        self.resume()
-        with self.stop_at_a_step(), self.bar() as bar:
-            while not self.progress.finished:
-                self.epoch(bar)
+        self.train()
         self.base.load_state_dict(load_file(self.folder / "best.safetensors"))
         self.accelerator.wait_for_everyone()
         done = self.progress
         return Result(done.history, done.best_epoch, describe(self.device), self.precision, done.seconds)
 
-    def epoch(self, bar: tqdm) -> None:
-        """Train on what is left of the current epoch, then validate."""
-        progress, start = self.progress, time.perf_counter()
-        self.model.train()
-        steps = epoch_batches(self.feed, progress.epoch, self.settings)
-        for micro_batches in steps[progress.batch :]:
-            self.train_step(micro_batches)
-            bar.update()
-            if progress.batch == len(steps) and self.window.steps:
-                self.report()
-            if self.interrupted or progress.step % self.settings.checkpoint_every == 0:
-                start = self.count_time(start)
-                self.save()
-            if self.interrupted:
-                log.warning("stopped with a checkpoint at step %d; `dvc repro` goes on from there", progress.step)
-                raise KeyboardInterrupt
-        start = self.count_time(start)
-        self.validate(len(steps))
-        self.count_time(start)
-        self.finish_epoch()
-        self.save()
-
-    def train_step(self, micro_batches: list[np.ndarray]) -> None:
-        """One optimizer step, counted, with a line in the log where one is due."""
-        loss = self.step(micro_batches)
-        self.progress.step, self.progress.batch = self.progress.step + 1, self.progress.batch + 1
-        self.window.add(loss, [self.feed.lengths[rows] for rows in micro_batches], self.computed(micro_batches))
-        if self.progress.step % self.settings.log_every == 0:
-            self.report()
-
-    def step(self, micro_batches: list[np.ndarray]) -> torch.Tensor:
-        """One optimizer step; returns its loss, the weighted mean over all its reviews on all devices (not yet reduced)."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        total = float(sum(self.review_weights[rows].sum() for rows in micro_batches))
-        loss = torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * rate(self.progress.step, self.total, self.settings)
-        for index, rows in enumerate(micro_batches):
-            mine = rows[rank::world]
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.loss(mine if len(mine) else rows[:1]) / total * (len(mine) > 0)
-                self.accelerator.backward(part * world)
-            loss += part.detach()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
+    def weight(self, rows: np.ndarray) -> float:
+        """The sum of the weights of some reviews."""
+        return float(self.review_weights[rows].sum())
 
     def loss(self, rows: np.ndarray) -> torch.Tensor:
-        """The weighted sum of the cross-entropies of some reviews, in nats."""
+        """The weighted sum of the cross-entropies of some reviews."""
         batch = self.feed.batch(rows)
         outputs = forward(self.model, batch.inputs).float()
         return cross_entropy(outputs, batch.labels, self.weights, reduction="sum", label_smoothing=self.settings.label_smoothing)
-
-    def computed(self, micro_batches: list[np.ndarray]) -> int:
-        """Tokens that a step is computed on by all processes, padding included."""
-        world = self.accelerator.num_processes
-        return sum(self.feed.computed(rows[k::world]) for rows in micro_batches for k in range(min(world, len(rows))))
-
-    def report(self) -> None:
-        """Log the last steps: loss, learning rate, tokens/s, share of padding and of the device's peak."""
-        window, progress = self.window, self.progress
-        loss = self.reduce(window.loss) / window.steps
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {progress.step}; lower train.lr, or set train.precision to fp32")
-        progress.loss_sum += loss * window.steps
-        seconds = time.perf_counter() - window.start
-        learning_rate = self.settings.lr * rate(progress.step - 1, self.total, self.settings)
-        lengths = np.concatenate(window.lengths)
-        flops = step_flops(self.base, lengths) / seconds / self.accelerator.num_processes
-        share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
-        padding = 100 * (1 - lengths.sum() / window.computed)
-        log.info(
-            "step %d/%d  loss %.4f  lr %.2e  %.0f tokens/s  padding %.1f%%  %s",
-            progress.step, self.total, loss, learning_rate, lengths.sum() / seconds, padding, share,
-        )  # fmt: skip
-        self.point({"train/loss": loss, "train/lr": learning_rate})
-        self.window = Window(self.device)
 
     def validate(self, steps: int) -> None:
         """Score the epoch on validation, log it, and keep the weights if they are the best so far."""
@@ -283,9 +116,9 @@ class Loop:
         values = probabilities(self.accelerator.reduce(outputs, "sum").cpu().numpy(), 1.0)
         scores = metrics.score(values, values.argmax(axis=1), self.validation_labels, self.names)
         row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": progress.loss_sum / steps}
-        row |= {f"validation_{key}": scores[key] for key in ("loss", "accuracy", "f1", "f1_macro", "roc_auc")}
+        row |= {f"validation_{key}": scores[key] for key in SHOWN}
         progress.history.append(row)
-        self.point({f"validation/{key}": scores[key] for key in ("loss", "accuracy", "f1", "f1_macro", "roc_auc")})
+        self.point({f"validation/{key}": scores[key] for key in SHOWN})
         if scores["f1_macro"] > progress.best_f1:
             progress.best_f1, progress.best_epoch, progress.worse = scores["f1_macro"], progress.epoch + 1, 0
             if self.accelerator.is_main_process:
@@ -293,108 +126,26 @@ class Loop:
                     save_file({name: value.contiguous() for name, value in self.base.state_dict().items()}, part)
         else:
             progress.worse += 1
-
-    def finish_epoch(self) -> None:
-        """Log the epoch, warn where it overfits, and decide whether it was the last."""
-        progress, row = self.progress, self.progress.history[-1]
-        row["seconds"] = progress.epoch_seconds
         log.info(
-            "epoch %d/%d  train loss %.4f  validation loss %.4f  accuracy %.4f  F1 %.4f  macro-F1 %.4f  AUC %.4f  %.1f s",
+            "epoch %d/%d  train loss %.4f  validation loss %.4f  accuracy %.4f  F1 %.4f  macro-F1 %.4f  AUC %.4f",
             row["epoch"], self.settings.epochs, row["train_loss"], row["validation_loss"], row["validation_accuracy"],
-            row["validation_f1"], row["validation_f1_macro"], row["validation_roc_auc"], row["seconds"],
+            row["validation_f1"], row["validation_f1_macro"], row["validation_roc_auc"],
         )  # fmt: skip
-        if len(progress.history) > 1:
-            before = progress.history[-2]
+        self.warn_of_overfitting()
+
+    def warn_of_overfitting(self) -> None:
+        """Say so where validation gets worse while training gets better."""
+        if len(self.progress.history) > 1:
+            before, row = self.progress.history[-2:]
             if row["validation_loss"] > before["validation_loss"] and row["train_loss"] < before["train_loss"]:
                 log.warning("validation loss rises while training loss falls: the model begins to overfit")
-        patience = self.settings.patience
-        progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = progress.epoch + 1, 0, 0.0, 0.0
-        progress.finished = progress.epoch == self.settings.epochs or (patience is not None and progress.worse >= patience)
-        if progress.finished and progress.epoch < self.settings.epochs:
+
+    def is_last(self) -> bool:
+        """Whether the epochs are over, or `train.patience` of them brought nothing."""
+        progress, patience = self.progress, self.settings.patience
+        if super().is_last():
+            return True
+        if patience is not None and progress.worse >= patience:
             log.info("stopped: %d epochs without a better validation F1", progress.worse)
-
-    def point(self, values: dict[str, float]) -> None:
-        """Record values at the current step."""
-        self.progress.points.append((self.progress.step, values))
-        if self.accelerator.is_main_process:
-            self.log_metrics(self.progress.step, values)
-
-    def reduce(self, value: torch.Tensor) -> float:
-        """The sum of a scalar over all processes."""
-        return float(self.accelerator.reduce(value, "sum"))
-
-    def count_time(self, start: float) -> float:
-        """Add the time since `start` to the run's and the epoch's; returns now."""
-        now = time.perf_counter()
-        self.progress.seconds += now - start
-        self.progress.epoch_seconds += now - start
-        return now
-
-    def save(self) -> None:
-        """Write a checkpoint to resume from, whole or not at all, in place of the one before."""
-        target = self.folder / f"step-{self.progress.step}-{self.progress.epoch}"
-        part = target.with_name(f".{target.name}.part")
-        if self.accelerator.is_main_process:
-            remove(part)
-        self.accelerator.wait_for_everyone()
-        self.progress.window_loss, self.progress.window_steps = self.reduce(self.window.loss), self.window.steps
-        self.accelerator.save_state(str(part))
-        if self.accelerator.is_main_process:
-            write_json(part / "progress.json", asdict(self.progress))
-            remove(target)
-            part.rename(target)
-            for old in self.folder.glob("step-*"):
-                if old != target:
-                    remove(old)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> None:
-        """Take up the last checkpoint of the same fingerprint, or start afresh and clear what another one left."""
-        mark = self.folder / "fingerprint"
-        found = sorted(self.folder.glob("step-*"), key=lambda path: path.stat().st_mtime)
-        if found and mark.is_file() and mark.read_text() == self.fingerprint:
-            self.accelerator.load_state(str(found[-1]))
-            self.progress = Progress(**read_json(found[-1] / "progress.json"))
-            self.resume_log()
-            return
-        if found:
-            log.info("parameters, data, code or versions are not those of the last checkpoint: training starts afresh")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            remove(self.folder)
-            self.folder.mkdir(parents=True)
-            mark.write_text(self.fingerprint)
-        self.accelerator.wait_for_everyone()
-
-    def resume_log(self) -> None:
-        """Show again what was logged before the interruption."""
-        main, progress = self.accelerator.is_main_process, self.progress
-        log.info("resumed at step %d of %d, epoch %d", progress.step, self.total, progress.epoch + 1)
-        self.window = Window(self.device, progress.window_loss * main, progress.window_steps)
-        for step, values in progress.points if main else ():
-            self.log_metrics(step, values)
-
-    @contextlib.contextmanager
-    def stop_at_a_step(self) -> Iterator[None]:
-        """Let Ctrl-C and a polite kill take effect after the current step, with a checkpoint written."""
-
-        def interrupt(*_: Any) -> None:
-            self.interrupted = True
-
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def bar(self) -> tqdm:
-        """A progress bar on a terminal, nothing elsewhere."""
-        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        return tqdm(total=self.total, initial=self.progress.step, unit="step", disable=hidden, leave=False)
-
-
-def seed(value: int) -> None:
-    """Seed python, numpy and torch, and let torch choose no operation whose result varies."""
-    set_seed(value)
-    torch.backends.cudnn.benchmark = False
+            return True
+        return False

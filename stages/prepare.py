@@ -7,7 +7,6 @@ To:   data/prepared/{train,validation,test}.parquet (review_id, text, label, rat
 Run:  python -m stages.prepare
 """
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from sentiment import params, text
 from sentiment.errors import DataError
-from sentiment.files import atomic, write_json
+from sentiment.files import atomic, digest, write_json
 from sentiment.logs import run_stage
 from sentiment.sources import LINE_COLUMN
 
@@ -97,11 +96,6 @@ def labels(ratings: pd.Series, settings: params.Prepare) -> pd.Series:
             )
     index = {float(rating): k for k, named in enumerate(settings.labels.values()) for rating in named}
     return ratings.map(index).fillna(-1).astype("int8")
-
-
-def digest(value: str) -> bytes:
-    """Eight bytes that stand for a string, the same on every machine."""
-    return hashlib.blake2b(value.encode(), digest_size=8).digest()
 
 
 def split(groups: pd.Series, keys: pd.Series, settings: params.Prepare) -> pd.Series:

@@ -6,7 +6,6 @@ To:   models/sentiment (weights, tokenizer, inference.json, metadata.json, READM
 Run:  python -m stages.train, or accelerate launch -m stages.train
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from dvclive import Live
 
 from sentiment import calibration, card, checkpoint, metrics, params, training
 from sentiment.classifier import Classifier, Inference, pick_device
 from sentiment.files import atomic, read_json, remove, sha256, write_json
+from sentiment.live import recorder, show
 from sentiment.logs import run_stage, timed
+from sentiment.loop import seed
 from sentiment.tokens import Tokens, load_tokenizer
 
 TOKENS = Path("data/tokens")
@@ -43,13 +43,13 @@ def main() -> None:
         log.setLevel(logging.WARNING)
     splits = {name: Tokens.load(TOKENS / f"{name}.safetensors") for name in ("train", "validation")}
     tokenizer = load_tokenizer(TOKENS / "tokenizer", settings.tokenize.max_length)
-    training.seed(settings.train.seed)
+    seed(settings.train.seed)
     with timed(log, "loading the model"):
         model = checkpoint.load_model(settings.model, list(settings.prepare.labels), tokenizer, settings.tokenize.max_length)
     describe(model, splits, settings)
-    with recorder(state) as live:
+    with recorder(state, LIVE) as live:
         pad_id = tokenizer.token_to_id("[PAD]") or 0
-        loop = training.Loop(
+        loop = training.FineTuning(
             model, splits["train"], splits["validation"], pad_id, list(settings.prepare.labels), settings.train,
             CHECKPOINT, fingerprint(settings), lambda step, values: show(live, step, values),
         )  # fmt: skip
@@ -58,13 +58,6 @@ def main() -> None:
         save(model, splits["validation"], settings, result, started)
         remove(CHECKPOINT)
     state.wait_for_everyone()
-
-
-def recorder(state: PartialState) -> Any:
-    """DVCLive on the first process, nothing on the others."""
-    if not state.is_main_process:
-        return contextlib.nullcontext()
-    return Live(str(LIVE), save_dvc_exp=False, dvcyaml=None, monitor_system=False)
 
 
 def describe(model: Any, splits: dict[str, Tokens], settings: params.Params) -> None:
@@ -92,13 +85,6 @@ def fingerprint(settings: params.Params) -> str:
 def versions() -> dict[str, str]:
     """The versions of the packages that the result depends on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def show(live: Live, step: int, values: dict[str, float]) -> None:
-    """Hand values to DVCLive at a step."""
-    live.step = step
-    for name, value in values.items():
-        live.log_metric(name, value)
 
 
 def save(model: Any, validation: Tokens, settings: params.Params, result: training.Result, started: datetime) -> None:

@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 import models
 from sentiment import checkpoint, tokens, training
 from sentiment.errors import TrainingError
+from sentiment.files import read_json
+from sentiment.loop import parameter_groups, rate, seed
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["negativo", "positivo"]
@@ -35,11 +37,11 @@ def loop_in(folder, fingerprint="one", change=lambda model: None, **changes):
     rows = tokens.ragged(tokens.encode(tokenizer, texts), labels, tokenizer.get_vocab_size())
     held_out, truth = models.reviews(60, seed=1)
     validation = tokens.ragged(tokens.encode(tokenizer, held_out), truth, tokenizer.get_vocab_size())
-    training.seed(settings.train.seed)
+    seed(settings.train.seed)
     model = checkpoint.load_model(settings.model, NAMES, tokenizer, settings.tokenize.max_length)
     change(model)
     points = []
-    loop = training.Loop(
+    loop = training.FineTuning(
         model, rows, validation, 0, NAMES, settings.train, folder / "checkpoint", fingerprint, lambda *point: points.append(point)
     )
     return loop, points
@@ -51,8 +53,8 @@ def weights(loop):
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
     runs = []
-    for number, seed in enumerate((1, 1, 2)):
-        loop, _ = loop_in(tmp_path / str(number), seed=seed)
+    for number, value in enumerate((1, 1, 2)):
+        loop, _ = loop_in(tmp_path / str(number), seed=value)
         loop.run()
         runs.append(weights(loop))
     assert runs[0] == runs[1] != runs[2]
@@ -116,8 +118,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path, monkeypatch)
     real, seen = training.metrics.score, []
     monkeypatch.setattr(training.metrics, "score", lambda *args: real(*args) | {"f1_macro": next(scores)})
     loop, _ = loop_in(tmp_path, epochs=5, patience=2)
-    finish = loop.finish_epoch
-    loop.finish_epoch = lambda: (seen.append(weights(loop)), finish())
+    is_last = loop.is_last
+    loop.is_last = lambda: (seen.append(weights(loop)), is_last())[1]
     result = loop.run()
     assert result.best_epoch == 2
     assert len(result.history) == 4
@@ -142,7 +144,21 @@ def test_the_loss_is_torchs_own_weighted_and_smoothed_mean(tmp_path):
     batch = loop.feed.batch(rows)
     logits = loop.base(**batch.inputs).logits
     expected = cross_entropy(logits, batch.labels, torch.tensor([3.0, 1.0]), label_smoothing=0.1)
-    assert float(loop.step([rows])) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(loop.step([rows])) * loop.step_weight / loop.weight(rows) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_review_counts_the_same_in_a_batch_of_many_and_of_few(tmp_path):
+    loop, _ = loop_in(tmp_path, change=no_dropout, lr=1e-30)
+    together = float(loop.step([np.arange(20)]))
+    apart = float(loop.step([np.arange(3)])) + float(loop.step([np.arange(3, 20)]))
+    assert together == pytest.approx(apart, rel=1e-4)
+
+
+def test_the_logged_loss_is_the_mean_over_the_reviews(tmp_path):
+    loop, points = loop_in(tmp_path, change=no_dropout, lr=1e-30, epochs=1, log_every=1000)
+    expected = loop.loss(np.arange(len(loop.feed.lengths))).item() / loop.weight(np.arange(len(loop.feed.lengths)))
+    loop.run()
+    assert points[0][1]["train/loss"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_balanced_weights_follow_the_formula():
@@ -152,7 +168,7 @@ def test_balanced_weights_follow_the_formula():
 
 def test_norms_and_biases_do_not_decay(tmp_path):
     loop, _ = loop_in(tmp_path)
-    decayed, free = training.parameter_groups(loop.base, 0.1)
+    decayed, free = parameter_groups(loop.base, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     named = {id(p): name for name, p in loop.base.named_parameters()}
     assert all("bias" in named[id(p)] or "LayerNorm" in named[id(p)] for p in free["params"])
@@ -162,7 +178,7 @@ def test_norms_and_biases_do_not_decay(tmp_path):
 @pytest.mark.parametrize(("decay", "last"), [("linear", 0.01), ("cosine", 0.001), ("constant", 1.0)])
 def test_the_rate_climbs_then_decays(decay, last):
     settings = models.settings(decay=decay, warmup=0.1).train
-    rates = [training.rate(step, 100, settings) for step in range(100)]
+    rates = [rate(step, 100, settings) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert max(rates) == 1.0
     assert rates[-1] == pytest.approx(last, abs=0.011)
@@ -200,7 +216,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
         folder = tmp_path / processes
         command = [*launch, processes, "--main_process_port", "0", str(script), str(folder)]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
-        curves.append(training.read_json(folder / "points.json"))
+        curves.append(read_json(folder / "points.json"))
     for (step, one), (same, two) in zip(*curves, strict=True):
         assert step == same
         assert one == pytest.approx(two, abs=2e-4)
@@ -216,7 +232,7 @@ def no_dropout(model):
 def test_packed_batches_train_too_and_have_little_padding(tmp_path, caplog):
     loop, _ = loop_in(tmp_path, batching="packed", epochs=6)
     assert loop.feed.packed
-    with caplog.at_level(logging.INFO, "sentiment.training"):
+    with caplog.at_level(logging.INFO, "sentiment.loop"):
         result = loop.run()
     assert result.history[-1]["validation_f1_macro"] > 0.8
     assert "padding" in caplog.text

@@ -1,0 +1,340 @@
+"""A training loop: batches of a token budget over accelerate, on one device or many, resumed where it was interrupted.
+
+All that the loop draws at random comes from the seed and from torch's generator, whose state is in every checkpoint: a run
+that was interrupted ends with the same weights as one that was not. What is learnt is for its two kinds to say:
+sentiment.training fine-tunes a classifier, sentiment.pretraining a language model.
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from sentiment.classifier import pick_device
+from sentiment.devices import keep_freed_memory, native_precision, peak_flops, step_flops
+from sentiment.errors import TrainingError
+from sentiment.feed import Feed
+from sentiment.files import read_json, remove, write_json
+from sentiment.params import Steps
+
+log = logging.getLogger(__name__)
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once, as it should
+LogMetrics = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class Progress:
+    """Where a run is; kept beside every checkpoint. `points` are the logged values, to be shown again after a resume."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    window_loss: float = 0.0
+    window_steps: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    tokens: int = 0
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+
+def accelerator_for(settings: Steps) -> tuple[Accelerator, str]:
+    """The accelerator of the wanted device, and the precision it computes in.
+
+    Raises TrainingError where the device or the precision is not had.
+    """
+    device = pick_device(settings.device)
+    precision = settings.precision if settings.precision != "auto" else native_precision(device.type)
+    if precision == "fp16" and device.type == "cpu":
+        raise TrainingError("train.precision fp16 is not computed on a CPU; set it to auto, bf16 or fp32")
+    try:
+        mixed = "no" if precision == "fp32" else precision
+        accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    except ValueError as error:
+        raise TrainingError(f"train.precision {precision} is not had on this device ({error}); set it to auto") from error
+    return accelerator, precision
+
+
+def rate(step: int, total: int, settings: Steps) -> float:
+    """The learning rate's factor at a step, between 0 and 1: linear warm-up, then the decay of `train.decay` to 0."""
+    warm = max(1, round(settings.warmup * total)) if settings.warmup else 0
+    if step < warm:
+        return (step + 1) / warm
+    left = (total - step) / max(1, total - warm)
+    if settings.decay == "linear":
+        return left
+    return 0.5 * (1 - math.cos(math.pi * left)) if settings.decay == "cosine" else 1.0
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms and biases (all that has one dimension) without."""
+    named = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in named if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in named if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def epoch_batches(feed: Feed, epoch: int, settings: Steps) -> list[list[np.ndarray]]:
+    """The batches of an epoch in order, those of one optimizer step together; the same for the same seed and epoch."""
+    plan = feed.in_random_order(settings.batch_tokens, np.random.default_rng([settings.seed, epoch]))
+    return [plan[start : start + settings.accumulation] for start in range(0, len(plan), settings.accumulation)]
+
+
+class Window:
+    """The steps since the last line of the log."""
+
+    def __init__(self, device: torch.device, loss: float = 0.0, steps: int = 0) -> None:
+        self.loss, self.steps = torch.full((), loss, device=device), steps
+        self.lengths: list[np.ndarray] = []
+        self.computed, self.start = 0, time.perf_counter()
+
+    def add(self, loss: torch.Tensor, lengths: list[np.ndarray], computed: int) -> None:
+        """Count a step: its loss, the lengths in tokens of the reviews of each of its batches, and the tokens computed."""
+        self.loss += loss
+        self.steps += 1
+        self.lengths += lengths
+        self.computed += computed
+
+
+class Loop(ABC):
+    """One run of training: `train` goes through with it. What is learnt is said by weight, loss and validate.
+
+    `module` is what computes a batch of the feed, over the parameters of `base`.
+    """
+
+    kind_of_progress = Progress
+
+    def __init__(
+        self, base: Any, module: torch.nn.Module, train: Feed, settings: Steps, ready: tuple[Accelerator, str],
+        folder: Path, fingerprint: str, log_metrics: LogMetrics,
+    ) -> None:  # fmt: skip
+        self.base, self.module, self.feed, self.settings = base, module, train, settings
+        self.folder, self.fingerprint, self.log_metrics = folder, fingerprint, log_metrics
+        self.accelerator, self.precision = ready
+        self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if settings.compile:
+            module.compile()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, settings.weight_decay), lr=settings.lr, fused=self.device.type in ("cpu", "cuda")
+        )
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.total = sum(len(epoch_batches(self.feed, epoch, settings)) for epoch in range(settings.epochs))
+        self.progress = self.kind_of_progress()
+        self.interrupted = False
+        self.window = Window(self.device)
+        self.peak = peak_flops(self.device, self.precision)
+
+    @cached_property
+    def step_weight(self) -> float:
+        """What the rows of a step weigh on average."""
+        steps = epoch_batches(self.feed, 0, self.settings)
+        return sum(self.weight(rows) for micro_batches in steps for rows in micro_batches) / len(steps)
+
+    @abstractmethod
+    def weight(self, rows: np.ndarray) -> float:
+        """What some rows count in the mean that is the loss of a step."""
+
+    @abstractmethod
+    def loss(self, rows: np.ndarray) -> torch.Tensor:
+        """The loss of some rows times their weight, in nats."""
+
+    @abstractmethod
+    def validate(self, steps: int) -> None:
+        """Score the epoch of `steps` steps that ends, and add it to the history."""
+
+    def is_last(self) -> bool:
+        """Whether the epoch that ended is the last one."""
+        return self.progress.epoch == self.settings.epochs
+
+    def train(self) -> None:
+        """Take up where a run was interrupted, if one was, and train to the end, or to the last epoch worth it."""
+        self.resume()
+        with self.stop_at_a_step(), self.bar() as bar:
+            while not self.progress.finished:
+                self.epoch(bar)
+
+    def epoch(self, bar: tqdm) -> None:
+        """Train on what is left of the current epoch, then validate."""
+        progress, start = self.progress, time.perf_counter()
+        self.model.train()
+        steps = epoch_batches(self.feed, progress.epoch, self.settings)
+        for micro_batches in steps[progress.batch :]:
+            self.train_step(micro_batches)
+            bar.update()
+            if progress.batch == len(steps) and self.window.steps:
+                self.report()
+            if self.interrupted or progress.step % self.settings.checkpoint_every == 0:
+                start = self.count_time(start)
+                self.save()
+            if self.interrupted:
+                log.warning("stopped with a checkpoint at step %d; `dvc repro` goes on from there", progress.step)
+                raise KeyboardInterrupt
+        start = self.count_time(start)
+        self.validate(len(steps))
+        self.count_time(start)
+        progress.history[-1]["seconds"] = progress.epoch_seconds
+        log.info("epoch %d: %.1f s", progress.epoch + 1, progress.epoch_seconds)
+        progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = progress.epoch + 1, 0, 0.0, 0.0
+        progress.finished = self.is_last()
+        self.save()
+
+    def train_step(self, micro_batches: list[np.ndarray]) -> None:
+        """One optimizer step, counted, with a line in the log where one is due."""
+        loss = self.step(micro_batches)
+        self.progress.step, self.progress.batch = self.progress.step + 1, self.progress.batch + 1
+        self.window.add(loss, [self.feed.lengths[rows] for rows in micro_batches], self.computed(micro_batches))
+        if self.progress.step % self.settings.log_every == 0:
+            self.report()
+
+    def step(self, micro_batches: list[np.ndarray]) -> torch.Tensor:
+        """One optimizer step; returns its loss on this device: the sum over its rows, by the weight of a step on average.
+
+        Divided by its own weight, a batch of many short texts would count no more than one of a few long ones.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        total = self.step_weight
+        loss = torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * rate(self.progress.step, self.total, self.settings)
+        for index, rows in enumerate(micro_batches):
+            mine = rows[rank::world]
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                part = self.loss(mine if len(mine) else rows[:1]) / total * (len(mine) > 0)
+                self.accelerator.backward(part * world)
+            loss += part.detach()
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def computed(self, micro_batches: list[np.ndarray]) -> int:
+        """Tokens that a step is computed on by all processes, padding included."""
+        world = self.accelerator.num_processes
+        return sum(self.feed.computed(rows[k::world]) for rows in micro_batches for k in range(min(world, len(rows))))
+
+    def report(self) -> None:
+        """Log the last steps: loss, learning rate, tokens/s, share of padding and of the device's peak."""
+        window, progress = self.window, self.progress
+        loss = self.reduce(window.loss) / window.steps
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {progress.step}; lower train.lr, or set train.precision to fp32")
+        progress.loss_sum += loss * window.steps
+        seconds = time.perf_counter() - window.start
+        learning_rate = self.settings.lr * rate(progress.step - 1, self.total, self.settings)
+        lengths = np.concatenate(window.lengths)
+        flops = step_flops(self.base, lengths) / seconds / self.accelerator.num_processes
+        share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
+        padding = 100 * (1 - lengths.sum() / window.computed)
+        log.info(
+            "step %d/%d  loss %.4f  lr %.2e  %.0f tokens/s  padding %.1f%%  %s",
+            progress.step, self.total, loss, learning_rate, lengths.sum() / seconds, padding, share,
+        )  # fmt: skip
+        progress.tokens += int(lengths.sum())
+        self.point({"train/loss": loss, "train/lr": learning_rate})
+        self.window = Window(self.device)
+
+    def point(self, values: dict[str, float]) -> None:
+        """Record values at the current step."""
+        self.progress.points.append((self.progress.step, values))
+        if self.accelerator.is_main_process:
+            self.log_metrics(self.progress.step, values)
+
+    def reduce(self, value: torch.Tensor) -> float:
+        """The sum of a scalar over all processes."""
+        return float(self.accelerator.reduce(value, "sum"))
+
+    def count_time(self, start: float) -> float:
+        """Add the time since `start` to the run's and the epoch's; returns now."""
+        now = time.perf_counter()
+        self.progress.seconds += now - start
+        self.progress.epoch_seconds += now - start
+        return now
+
+    def save(self) -> None:
+        """Write a checkpoint to resume from, whole or not at all, in place of the one before."""
+        target = self.folder / f"step-{self.progress.step}-{self.progress.epoch}"
+        part = target.with_name(f".{target.name}.part")
+        if self.accelerator.is_main_process:
+            remove(part)
+        self.accelerator.wait_for_everyone()
+        self.progress.window_loss, self.progress.window_steps = self.reduce(self.window.loss), self.window.steps
+        self.accelerator.save_state(str(part))
+        if self.accelerator.is_main_process:
+            write_json(part / "progress.json", asdict(self.progress))
+            remove(target)
+            part.rename(target)
+            for old in self.folder.glob("step-*"):
+                if old != target:
+                    remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take up the last checkpoint of the same fingerprint, or start afresh and clear what another one left."""
+        mark = self.folder / "fingerprint"
+        found = sorted(self.folder.glob("step-*"), key=lambda path: path.stat().st_mtime)
+        if found and mark.is_file() and mark.read_text() == self.fingerprint:
+            self.accelerator.load_state(str(found[-1]))
+            self.progress = self.kind_of_progress(**read_json(found[-1] / "progress.json"))
+            self.resume_log()
+            return
+        if found:
+            log.info("parameters, data, code or versions are not those of the last checkpoint: training starts afresh")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            remove(self.folder)
+            self.folder.mkdir(parents=True)
+            mark.write_text(self.fingerprint)
+        self.accelerator.wait_for_everyone()
+
+    def resume_log(self) -> None:
+        """Show again what was logged before the interruption."""
+        main, progress = self.accelerator.is_main_process, self.progress
+        log.info("resumed at step %d of %d, epoch %d", progress.step, self.total, progress.epoch + 1)
+        self.window = Window(self.device, progress.window_loss * main, progress.window_steps)
+        for step, values in progress.points if main else ():
+            self.log_metrics(step, values)
+
+    @contextlib.contextmanager
+    def stop_at_a_step(self) -> Iterator[None]:
+        """Let Ctrl-C and a polite kill take effect after the current step, with a checkpoint written."""
+
+        def interrupt(*_: Any) -> None:
+            self.interrupted = True
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def bar(self) -> tqdm:
+        """A progress bar on a terminal, nothing elsewhere."""
+        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        return tqdm(total=self.total, initial=self.progress.step, unit="step", disable=hidden, leave=False)
+
+
+def seed(value: int) -> None:
+    """Seed python, numpy and torch, and let torch choose no operation whose result varies."""
+    set_seed(value)
+    torch.backends.cudnn.benchmark = False
