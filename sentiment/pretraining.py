@@ -1,0 +1,275 @@
+"""Learning a language from its texts: masked-language modelling, or telling replaced tokens from original ones.
+
+`mlm` hides whole words and has the model name them (Devlin et al. 2019; whole words: Cui et al. 2021). `rtd` has a smaller
+masked language model, the generator, fill the hidden places, and the model say of every token whether it stood there
+(ELECTRA, Clark et al. 2020); the two share the token embeddings as in DeBERTaV3 (He et al. 2021): what the generator learns
+reaches the model, what the model learns stays with the model.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional
+
+from sentiment import pretraining_params as params
+from sentiment.bert import PaddedBert, VarlenBert
+from sentiment.devices import describe
+from sentiment.errors import CheckpointError
+from sentiment.feed import Feed
+from sentiment.loop import LogMetrics, Loop
+from sentiment.tokens import Tokens
+
+DETECTION_WEIGHT = 50.0  # of the loss of telling replaced tokens, beside the generator's (Clark et al. 2020, table 6)
+SHOWN_AS_IS, SHOWN_AS_ANOTHER = 0.1, 0.1  # shares of the hidden tokens that mlm does not show as [MASK] (Devlin et al. 2019)
+VALIDATION_TOKENS = 8192
+VALIDATION_SEED = 0
+log = logging.getLogger(__name__)
+
+
+class Vocabulary(NamedTuple):
+    """What masking has to know of a tokenizer: [MASK]'s id, and bool [vocabulary] of special tokens and of continuations."""
+
+    mask_id: int
+    special: torch.Tensor
+    continues: torch.Tensor
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, size: int) -> "Vocabulary":
+        """The facts of a WordPiece tokenizer, for a model with `size` embeddings; raises CheckpointError if it has no [MASK]."""
+        special, continues = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+        for token, number in tokenizer.get_vocab().items():
+            continues[number] = token.startswith("##")
+        for number, added in tokenizer.get_added_tokens_decoder().items():
+            special[number] = added.special
+        if (mask_id := tokenizer.token_to_id("[MASK]")) is None:
+            raise CheckpointError("the tokenizer has no token [MASK], which pre-training hides words by; take another checkpoint")
+        return cls(mask_id, special, continues)
+
+
+class Masking(nn.Module):
+    """Chooses the words to hide, and hides them."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.mask_id = vocabulary.mask_id
+        self.special: torch.Tensor
+        self.continues: torch.Tensor
+        self.register_buffer("special", vocabulary.special, persistent=False)
+        self.register_buffer("continues", vocabulary.continues, persistent=False)
+
+    def places(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Which `count` tokens are to be named: int64 [count], whole words but perhaps the last, none of them special.
+
+        The number is given, and not drawn, so that shapes are known before the device has computed anything.
+        """
+        word = (~self.continues[input_ids]).cumsum(0) - 1  # a batch begins with [CLS], which begins a word
+        chance = torch.rand(len(input_ids), device=input_ids.device)[word]
+        return chance.masked_fill_(self.special[input_ids], 2.0).topk(count, largest=False).indices
+
+    def hide(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The ids with [MASK] at the places."""
+        return input_ids.index_fill(0, places, self.mask_id)
+
+    def hide_most(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The ids with [MASK] at most of the places, the token itself or any other one at the rest."""
+        chance = torch.rand(len(places), device=input_ids.device)
+        shown = torch.full_like(places, self.mask_id)
+        shown = torch.where(chance < SHOWN_AS_ANOTHER, torch.randint_like(places, len(self.special)), shown)
+        return input_ids.index_copy(0, places, torch.where(chance > 1 - SHOWN_AS_IS, input_ids[places], shown))
+
+
+class MaskedModel(nn.Module):
+    """Masked-language modelling with a BertForMaskedLM of transformers."""
+
+    names = ("loss",)
+    weights = (1.0,)
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, packed: bool) -> None:
+        super().__init__()
+        self.reader = read(model, packed)
+        self.head: Any = model.cls
+        self.masking = Masking(vocabulary)
+
+    def forward(self, count: int, **inputs: Any) -> torch.Tensor:
+        """The mean cross-entropy of `count` hidden tokens, in nats: [1]."""
+        input_ids, positions, _, attend = self.reader.layout(**inputs)
+        places = self.masking.places(input_ids, count)
+        hidden = self.reader.encode(self.masking.hide_most(input_ids, places), positions, attend)
+        return functional.cross_entropy(self.head(hidden[places]).float(), input_ids[places])[None]
+
+
+class ReplacedTokens(nn.Module):
+    """Telling replaced tokens, with a BertModel of transformers and a generator, a BertForMaskedLM of the same width."""
+
+    names = ("generator_loss", "loss")
+    weights = (1.0, DETECTION_WEIGHT)
+
+    def __init__(self, model: Any, generator: Any, vocabulary: Vocabulary, packed: bool) -> None:
+        super().__init__()
+        model.embeddings.word_embeddings = SharedEmbeddings(generator.bert.embeddings.word_embeddings)
+        self.reader = read(Holder(model), packed)
+        self.generator = read(generator, packed)
+        self.generator_head: Any = generator.cls
+        width = model.config.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.masking = Masking(vocabulary)
+
+    def forward(self, count: int, **inputs: Any) -> torch.Tensor:
+        """The generator's mean cross-entropy over `count` hidden tokens, and the model's over all but special ones: [2]."""
+        input_ids, positions, _, attend = self.reader.layout(**inputs)
+        places = self.masking.places(input_ids, count)
+        filled = self.generator.encode(self.masking.hide(input_ids, places), positions, attend)
+        logits = self.generator_head(filled[places]).float()
+        shown = input_ids.index_copy(0, places, draw(logits.detach()))
+        found = self.head(self.reader.encode(shown, positions, attend)).squeeze(1).float()
+        counted = ~self.masking.special[input_ids]
+        detection = functional.binary_cross_entropy_with_logits(found, (shown != input_ids).float(), reduction="none")
+        return torch.stack([functional.cross_entropy(logits, input_ids[places]), (detection * counted).sum() / counted.sum()])
+
+
+class Holder(nn.Module):
+    """A BertModel where its readers look for one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.bert, self.config = model, model.config
+
+
+class SharedEmbeddings(nn.Module):
+    """The generator's token embeddings, which are not changed from here, plus a difference that is learnt."""
+
+    def __init__(self, shared: nn.Embedding) -> None:
+        super().__init__()
+        self.shared = [shared]  # in a list, so that its weights count as the generator's alone
+        rows, width = shared.weight.shape
+        self.difference = nn.Embedding(rows, width, _weight=torch.zeros_like(shared.weight))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings: [tokens, hidden_size]."""
+        return functional.embedding(input_ids, self.shared[0].weight.detach()) + self.difference(input_ids)
+
+    def merged(self) -> nn.Embedding:
+        """Both as one table."""
+        weight = self.shared[0].weight.detach() + self.difference.weight.detach()
+        rows, width = weight.shape
+        return nn.Embedding(rows, width, _weight=weight)
+
+
+def read(model: Any, packed: bool) -> VarlenBert | PaddedBert:
+    """What lays out and encodes the batches of a Feed."""
+    return VarlenBert(model) if packed else PaddedBert(model)
+
+
+def draw(logits: torch.Tensor) -> torch.Tensor:
+    """A token for each row of logits [rows, vocabulary], by their softmax: one number is drawn a row, and looked up."""
+    steps = logits.softmax(-1).cumsum(-1)
+    chosen = torch.rand(len(logits), 1, device=logits.device) * steps[:, -1:]
+    return torch.searchsorted(steps, chosen).squeeze(1).clamp_(max=logits.shape[1] - 1)
+
+
+class Result(NamedTuple):
+    """How the epochs went, the tokens that were seen, and what it ran on."""
+
+    history: list[dict[str, float]]
+    tokens: int
+    device: str
+    precision: str
+    seconds: float
+
+
+class Pretraining(Loop):
+    """One run of pre-training. `run` is what its users call."""
+
+    module: MaskedModel | ReplacedTokens
+    settings: params.Train
+
+    def __init__(
+        self, base: Any, module: MaskedModel | ReplacedTokens, feeds: tuple[Feed, Feed], settings: params.Train,
+        ready: Any, folder: Path, fingerprint: str, log_metrics: LogMetrics,
+    ) -> None:  # fmt: skip
+        train, self.held_out = feeds
+        super().__init__(base, module, train, settings, ready, folder, fingerprint, log_metrics)
+        self.loss_weights = torch.tensor(module.weights, device=self.device)
+
+    def run(self) -> Result:
+        """Train to the end."""
+        self.train()
+        done = self.progress
+        return Result(done.history, done.tokens, describe(self.device), self.precision, done.seconds)
+
+    def weight(self, rows: np.ndarray) -> float:
+        """Tokens of some texts, [CLS] and [SEP] not counted."""
+        return maskable(self.feed, rows)
+
+    def loss(self, rows: np.ndarray) -> torch.Tensor:
+        """The weighted sum of the objective's losses, times the weight of the rows."""
+        return (self.losses(self.model, self.feed, rows) * self.loss_weights).sum() * self.weight(rows)
+
+    def losses(self, module: Any, feed: Feed, rows: np.ndarray) -> torch.Tensor:
+        """Each loss of the objective on a batch: [losses]."""
+        count = max(1, round(self.settings.mask * maskable(feed, rows)))
+        return module(count=count, **feed.batch(rows).inputs)
+
+    def validate(self, steps: int) -> None:
+        """The losses on held-out texts, the same words hidden each time."""
+        progress = self.progress
+        self.model.eval()
+        plan = self.held_out.in_order(max(VALIDATION_TOKENS, int(self.held_out.lengths.max())))
+        weights = torch.tensor([maskable(self.held_out, rows) for rows in plan], device=self.device)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(VALIDATION_SEED)
+            losses = torch.stack([self.losses(self.model, self.held_out, rows) for rows in plan])
+        found = (losses * weights[:, None]).sum(0) / weights.sum()
+        values = dict(zip(self.module.names, found.tolist(), strict=True))
+        row: dict[str, float] = {"epoch": progress.epoch + 1, "step": progress.step, "tokens": progress.tokens}
+        row |= {"train_loss": progress.loss_sum / steps} | {f"held_out_{name}": value for name, value in values.items()}
+        progress.history.append(row)
+        self.point({f"held_out/{name}": value for name, value in values.items()})
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        log.info("epoch %d/%d  %d tokens seen  held out: %s", row["epoch"], self.settings.epochs, progress.tokens, shown)
+
+
+def maskable(feed: Feed, rows: np.ndarray) -> float:
+    """Tokens of some texts of a feed, [CLS] and [SEP] not counted."""
+    return float(max(1, int((feed.lengths[rows] - 2).sum())))
+
+
+def feeds(tokens: tuple[Tokens, Tokens], pad_id: int, packed: bool, device: torch.device) -> tuple[Feed, Feed]:
+    """The feeds of the texts to train on and of those held out."""
+    return Feed(tokens[0], device, pad_id, packed), Feed(tokens[1], device, pad_id, packed)
+
+
+@torch.no_grad()
+def pseudo_perplexity(
+    reader: VarlenBert | PaddedBert, head: nn.Module, feed: Feed, mask_id: int, texts: int, budget: int
+) -> float:
+    """Exp of the mean cross-entropy of every token of the first `texts` texts, each hidden alone (Salazar et al. 2020)."""
+    reader.eval(), head.eval()
+    total, number = 0.0, 0
+    for row in range(min(texts, len(feed.lengths))):
+        length = int(feed.lengths[row])
+        hidden_places = np.arange(1, length - 1)
+        for chunk in np.array_split(hidden_places, max(1, math.ceil(length * len(hidden_places) / budget))):
+            if not len(chunk):
+                continue
+            total += float(hidden_one_by_one(reader, head, feed, row, chunk, mask_id))
+            number += len(chunk)
+    return math.exp(total / max(1, number))
+
+
+def hidden_one_by_one(
+    reader: VarlenBert | PaddedBert, head: nn.Module, feed: Feed, row: int, hidden: np.ndarray, mask_id: int
+) -> torch.Tensor:
+    """The summed cross-entropy of the tokens at places `hidden` of a text, each of them hidden in a copy of its own."""
+    inputs = feed.batch(np.full(len(hidden), row)).inputs
+    input_ids, positions, first, attend = reader.layout(**inputs)
+    places = first + torch.from_numpy(hidden).to(first.device)
+    shown = input_ids.index_fill(0, places, mask_id)
+    logits = head(reader.encode(shown, positions, attend)[places]).float()
+    return functional.cross_entropy(logits, input_ids[places], reduction="sum")

@@ -1,0 +1,270 @@
+"""Pre-training: what is hidden, what is learnt, and what is left to be fine-tuned."""
+
+import math
+import signal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save
+from transformers import AutoModel, BertForMaskedLM
+
+import models
+from pretrain import corpus, tokenize
+from pretrain import train as stage
+from sentiment import checkpoint, pretraining, pretraining_models, pretraining_params, text, tokens
+from sentiment.errors import CheckpointError, DataError, ParamsError
+from sentiment.loop import accelerator_for, seed
+from sentiment.params import Model
+
+TINY = {"vocab_size": 300, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}
+QUICK = {
+    "device": "cpu",
+    "precision": "fp32",
+    "epochs": 3,
+    "batch_tokens": 256,
+    "log_every": 3,
+    "checkpoint_every": 4,
+    "lr": 0.003,
+}
+
+
+def settings(model=None, **train):
+    """The shipped parameters made tiny."""
+    values = pretraining_params.load().model_dump()
+    values["model"] |= TINY | (model or {})
+    values["tokens"]["max_length"] = 32
+    values["train"] |= QUICK | train
+    return pretraining_params.Params.model_validate(values)
+
+
+def run_in(folder, model=None, **train):
+    """A run that is ready to start in `folder`, its model, its tokenizer and what its points go to."""
+    chosen, points = settings(model, **train), []
+    texts, _ = models.reviews(300)
+    tokenizer = models.tokenizer_in(folder / "tokenizer", texts)
+    rows = [list(tokens.encode(tokenizer, part)) for part in (texts[:260], texts[260:])]
+    splits = tuple(tokens.ragged(part, np.zeros(len(part)), tokenizer.get_vocab_size()) for part in rows)
+    seed(0)
+    base, module, packed = pretraining_models.build(chosen, tokenizer)
+    ready = accelerator_for(chosen.train)
+    loop = pretraining.Pretraining(
+        base, module, pretraining.feeds(splits, 0, packed, ready[0].device), chosen.train, ready, folder / "run", "one",
+        lambda *point: points.append(point),
+    )  # fmt: skip
+    return loop, tokenizer, points
+
+
+@pytest.fixture
+def vocabulary():
+    """Ten tokens: 0 to 2 special (2 is [MASK]), 8 and 9 continue a word."""
+    special, continues = torch.zeros(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool)
+    special[:3], continues[8:] = True, True
+    return pretraining.Vocabulary(2, special, continues)
+
+
+def test_whole_words_are_hidden_and_no_special_tokens(vocabulary):
+    masking = pretraining.Masking(vocabulary)
+    input_ids = torch.tensor([0, 3, 8, 9, 4, 5, 8, 1, 0, 6, 7, 1])
+    words = [{1, 2, 3}, {4}, {5, 6}, {9}, {10}]
+    torch.manual_seed(0)
+    chosen = [set(masking.places(input_ids, 4).tolist()) for _ in range(200)]
+    assert all(len(each) == 4 and not each & {0, 7, 8, 11} for each in chosen)
+    assert all(sum(bool(each & word) and not word <= each for word in words) <= 1 for each in chosen)
+    assert set().union(*chosen) == {1, 2, 3, 4, 5, 6, 9, 10}
+
+
+def test_most_hidden_tokens_are_shown_as_mask_some_as_they_are_some_as_others(vocabulary):
+    masking = pretraining.Masking(vocabulary)
+    input_ids = torch.full((20_000,), 5)
+    torch.manual_seed(0)
+    shown = masking.hide_most(input_ids, torch.arange(10_000))
+    shares = torch.bincount(shown[:10_000], minlength=10) / 10_000
+    assert (shown[10_000:] == 5).all()
+    assert shares[2].item() == pytest.approx(0.8 + 0.01, abs=0.02)
+    assert shares[5].item() == pytest.approx(0.1 + 0.01, abs=0.02)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    torch.manual_seed(0)
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(20_000, 1)
+    shares = torch.bincount(pretraining.draw(logits), minlength=3) / 20_000
+    assert shares.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "rtd"])
+def test_it_learns_and_an_interrupted_run_ends_with_the_weights_of_a_whole_one(tmp_path, objective):
+    whole, _, points = run_in(tmp_path / "whole", objective=objective)
+    before = {name: value.clone() for name, value in whole.module.state_dict().items()}
+    result = whole.run()
+    name = {"mlm": "held_out_loss", "rtd": "held_out_generator_loss"}[objective]  # as it gets better, telling gets harder
+    assert result.history[-1][name] < 0.9 * result.history[0][name]
+    assert result.tokens == 3 * whole.feed.lengths.sum()
+    assert any(not torch.equal(before[name], value) for name, value in whole.module.state_dict().items())
+    first, _, _ = run_in(tmp_path / "cut", objective=objective)
+    step = first.step
+
+    def interrupting(rows):
+        if first.progress.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(rows)
+
+    first.step = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second, _, again = run_in(tmp_path / "cut", objective=objective)
+    second.run()
+    assert [step for step, _ in again] == [step for step, _ in points]
+    assert saved(second.module) == saved(whole.module)
+
+
+def saved(module):
+    return save({name: value.clone().contiguous() for name, value in module.state_dict().items()})
+
+
+def test_what_the_model_learns_of_replaced_tokens_does_not_change_the_generators_embeddings(tmp_path):
+    loop, _, _ = run_in(tmp_path, objective="rtd")
+    losses = loop.losses(loop.module, loop.feed, np.arange(8))
+    losses[1].backward()
+    table = loop.module.reader.bert.embeddings.word_embeddings
+    assert not table.shared[0].weight.grad.any()
+    assert table.difference.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("objective", ["mlm", "rtd"])
+def test_the_checkpoint_encodes_as_the_model_in_training_and_fine_tunes(tmp_path, objective):
+    loop, tokenizer, _ = run_in(tmp_path, objective=objective, epochs=1)
+    loop.run()
+    loop.module.eval()
+    batch = loop.held_out.batch(np.arange(5))
+    with torch.no_grad():
+        input_ids, positions, _, attend = loop.module.reader.layout(**batch.inputs)
+        expected = loop.module.reader.encode(input_ids, positions, attend)
+    pretraining_models.finished(loop.base, loop.module, 0.1).save_pretrained(tmp_path / "model")
+    checkpoint.save_word_piece(tokenizer, tmp_path / "model")
+    found = AutoModel.from_pretrained(tmp_path / "model").eval()(**batch.inputs).last_hidden_state.flatten(0, 1)
+    seen = batch.inputs["attention_mask"].flatten().bool()
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-4)
+    fine = Model.model_validate(models.settings().model.model_dump() | {"checkpoint": str(tmp_path / "model")})
+    classifier = checkpoint.load_model(fine, ["a", "b"], tokenizer, 32)
+    assert torch.equal(classifier.bert.encoder.layer[0].output.dense.weight, found_weight(tmp_path / "model"))
+    assert classifier.config.hidden_dropout_prob == 0.1
+
+
+def found_weight(folder):
+    return AutoModel.from_pretrained(folder).encoder.layer[0].output.dense.weight
+
+
+def test_pseudo_perplexity_is_that_of_each_token_hidden_alone(tmp_path):
+    loop, tokenizer, _ = run_in(tmp_path, objective="mlm", epochs=1)
+    model, mask = loop.base.eval(), tokenizer.token_to_id("[MASK]")
+    assert isinstance(model, BertForMaskedLM)
+    expected, number = 0.0, 0
+    for row in range(3):
+        ids = loop.held_out.batch(np.array([row])).inputs["input_ids"]
+        for place in range(1, ids.shape[1] - 1):
+            hidden = ids.clone()
+            hidden[0, place] = mask
+            with torch.no_grad():
+                expected -= model(hidden).logits[0, place].log_softmax(-1)[ids[0, place]].item()
+            number += 1
+    found = pretraining.pseudo_perplexity(*pretraining_models.language_model(loop.module), loop.held_out, mask, 3, 64)
+    assert found == pytest.approx(math.exp(expected / number), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "rtd"])
+def test_it_goes_on_from_a_checkpoint(tmp_path, objective):
+    first, tokenizer, _ = run_in(tmp_path / "first", objective="mlm", epochs=1)
+    first.run()
+    pretraining_models.finished(first.base, first.module, 0.1).save_pretrained(tmp_path / "model")
+    checkpoint.save_word_piece(tokenizer, tmp_path / "model")
+    base, _, _ = pretraining_models.build(settings({"checkpoint": str(tmp_path / "model")}, objective=objective), tokenizer)
+    encoder = base.bert.encoder if objective == "mlm" else base.encoder
+    assert torch.equal(encoder.layer[1].output.dense.weight, first.base.bert.encoder.layer[1].output.dense.weight)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_said(tmp_path):
+    _, tokenizer, _ = run_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.checkpoint"):
+        pretraining_models.build(settings({"checkpoint": str(tmp_path)}), tokenizer)
+
+
+def test_texts_are_cut_between_sentences_and_inside_one_only_if_it_is_too_long():
+    value = "um dois três. quatro cinco! seis sete oito nove dez onze doze treze"
+    assert list(corpus.pieces(value, 6)) == ["um dois três. quatro cinco!", "seis sete oito nove dez onze", "doze treze"]
+    assert " ".join(corpus.pieces(value, 6)) == value
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with the parameters of a tiny run and its texts."""
+    texts, _ = models.reviews(400)
+    values = settings(objective="rtd", epochs=1).model_dump()
+    values["corpus"] |= {
+        "files": [{"path": "texts.txt", "column": None, "repeat": 2}],
+        "exclude": ["test.parquet"],
+        "held_out": 0.1,
+    }
+    (tmp_path / "texts.txt").write_text("\n".join([*texts, "uma", texts[0].upper() + "!"]))
+    pq.write_table(pa.table({"text": texts[:50]}), tmp_path / "test.parquet")
+    monkeypatch.chdir(tmp_path)
+    write(values)
+    return values, texts
+
+
+def write(values):
+    from ruamel.yaml import YAML
+
+    pretraining_params.PATH.parent.mkdir(exist_ok=True)
+    with pretraining_params.PATH.open("w") as file:
+        YAML().dump(values, file)
+
+
+def read(name):
+    return pq.read_table(corpus.CORPUS / f"{name}.parquet").to_pylist()
+
+
+def test_no_text_to_be_tested_on_is_learnt_from_and_none_twice(project):
+    _, texts = project
+    corpus.main()
+    train, held_out = read("train"), read("held_out")
+    found = [row["text"] for row in train + held_out]
+    assert {text.key(value) for value in found} == {text.key(value) for value in texts} - {text.key(v) for v in texts[:50]}
+    assert len(found) == len(set(found))
+    assert {row["repeat"] for row in train} == {2}
+    assert {row["repeat"] for row in held_out} == {1}
+
+
+def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypatch):
+    for each in (corpus.main, tokenize.main, stage.main):
+        each()
+    assert {path.name for path in stage.MODEL.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "metadata.json",
+    }
+    found = stage.METRICS.read_text()
+    assert all(name in found for name in ("tokens_seen", "held_out_loss", "held_out_generator_loss", "pseudo_perplexity"))
+    assert AutoModel.from_pretrained(stage.MODEL).dtype == torch.float16
+    assert not stage.CHECKPOINT.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"files": [{"path": "none.txt"}]}, DataError, "none.txt.*data/text"),
+        ({"files": [{"path": "texts.txt", "column": "a"}]}, DataError, "column"),
+        ({"files": [{"path": "test.parquet", "column": "a"}]}, DataError, "no column a"),
+        ({"exclude": ["none.parquet"]}, DataError, "dvc repro prepare"),
+        ({"min_words": 0}, ParamsError, r"corpus\.min_words"),
+    ],
+)
+def test_what_is_wrong_with_the_corpus_is_said(project, change, error, words):
+    values, _ = project
+    values["corpus"] |= change
+    write(values)
+    with pytest.raises(error, match=words):
+        corpus.main()
