@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sentiment.tokens import LENGTH_STEP
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # what transformers reads it from
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 ALPHABET = 1000  # characters a vocabulary of our own holds at most
 MIN_FREQUENCY = 2
@@ -70,18 +72,33 @@ def save_tokenizer(settings: Model, texts: Iterable[str], folder: Path) -> None:
     if settings.checkpoint is None:
         save_word_piece(word_piece(texts, settings.vocab_size), folder)
         return
+    source = Path(settings.checkpoint)
+    if all((source / name).is_file() for name in TOKENIZER[:2]):  # a folder's, without importing what would read it
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    else:
+        convert_tokenizer(settings, folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{settings.checkpoint} has no fast tokenizer; a tokenizer.json is needed")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise failure(settings, error) from error
+    if tokenizer.get_vocab_size() <= sum(token.special for token in tokenizer.get_added_tokens_decoder().values()):
+        raise CheckpointError(f"{settings.checkpoint} has no vocabulary; put its tokenizer.json or vocab.txt beside the weights")
+
+
+def convert_tokenizer(settings: Model, folder: Path) -> None:
+    """Write the tokenizer of a Hub name, or of a folder without a tokenizer.json, as transformers makes it."""
     keywords = arguments(settings)
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint, use_fast=True, **keywords)
-        tokenizer.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(settings.checkpoint, use_fast=True, **keywords).save_pretrained(folder)
     except Exception as error:
         raise failure(settings, error) from error
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{settings.checkpoint} has no fast tokenizer; a tokenizer.json is needed")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise CheckpointError(f"{settings.checkpoint} has no vocabulary; put its tokenizer.json or vocab.txt beside the weights")
 
 
 def word_piece(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -42,6 +42,7 @@ class Prepare(Section):
     group: Text | None
     validation: Share
     test: Share
+    shares: dict[Text, Annotated[float, Field(gt=0, lt=1)]] | None
     lowercase: bool
 
     @field_validator("labels")
@@ -56,6 +57,12 @@ class Prepare(Section):
                     raise ValueError(f"gives rating {rating:g} both to {seen[rating]} and to {label}")
                 seen[rating] = label
         return labels
+
+    @model_validator(mode="after")
+    def shares_are_of_the_classes(self) -> "Prepare":
+        if self.shares is not None and (set(self.shares) != set(self.labels) or abs(sum(self.shares.values()) - 1) > 1e-6):
+            raise ValueError(f"shares must give a share to each of {', '.join(self.labels)}, 1 in all; or be null")
+        return self
 
     @model_validator(mode="after")
     def leaves_training_data(self) -> "Prepare":

@@ -35,6 +35,7 @@ def main() -> None:
     raw, facts = read(RAW, settings)
     reviews = describe(raw, settings)
     reasons = reject(reviews)
+    reasons = reasons.fillna(over_share(reviews[reasons.isna()], settings))
     kept = reviews[reasons.isna()]
     check_splits(kept, settings)
     metrics = facts | count(reviews, reasons, kept, settings)
@@ -129,6 +130,23 @@ def reject(reviews: pd.DataFrame) -> pd.Series:
     return reasons
 
 
+def over_share(kept: pd.DataFrame, settings: params.Prepare) -> pd.Series:
+    """over_share for the rows of validation and test that are too many of their class for prepare.shares.
+
+    Which ones stay is decided by the hash of their text.
+    """
+    reasons = pd.Series(pd.NA, kept.index, dtype="string")
+    for name in SPLITS[:2] if settings.shares else ():
+        part = kept[kept["split"] == name]
+        groups = [part[part["label"] == k] for k in range(len(settings.labels))]
+        shares = [settings.shares[label] for label in settings.labels]  # type: ignore[index]
+        total = min(len(group) / share for group, share in zip(groups, shares, strict=True))
+        for group, share in zip(groups, shares, strict=True):
+            order = group["key"].map(lambda key: digest("share:" + key)).sort_values(kind="stable").index
+            reasons[order[round(total * share) :]] = "over_share"
+    return reasons
+
+
 def check_splits(kept: pd.DataFrame, settings: params.Prepare) -> None:
     """Raise DataError unless every split holds every class, and no text and no group stands in two splits."""
     for column in ["key", *([settings.group] if settings.group else [])]:
@@ -158,7 +176,7 @@ def count(reviews: pd.DataFrame, reasons: pd.Series, kept: pd.DataFrame, setting
         "kept": len(kept),
         "rejected": {
             reason: int((reasons == reason).sum())
-            for reason in ("empty_text", "no_rating", "unmapped_rating", "conflicting", "duplicate")
+            for reason in ("empty_text", "no_rating", "unmapped_rating", "conflicting", "duplicate", "over_share")
         },
         "splits": {
             name: {"reviews": len(part)} | {label: int((part["label"] == k).sum()) for k, label in enumerate(names)}

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
+    "model.checkpoint": None,
     "model.hidden_size": 32,
     "model.layers": 1,
     "model.heads": 2,

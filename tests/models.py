@@ -22,7 +22,7 @@ def reviews(number=160, seed=0):
 def settings(**changes):
     """The shipped parameters made tiny; `changes` go to the train section."""
     values = params.load().model_dump()
-    tiny = {"vocab_size": 300, "hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}
+    tiny = {"checkpoint": None, "vocab_size": 300, "hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}
     values["model"] |= tiny
     values["tokenize"]["max_length"] = 32
     short = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_tokens": 256, "log_every": 3, "checkpoint_every": 4}

@@ -11,12 +11,12 @@ import pytest
 from ruamel.yaml import YAML
 
 from sentiment import text
-from sentiment.errors import DataError
+from sentiment.errors import DataError, ParamsError
 from stages import prepare
 
 SHIPPED = Path(__file__).parent.parent / "params.yaml"
 SPLITS = ("train", "validation", "test")
-REASONS = {"empty_text": 0, "no_rating": 0, "unmapped_rating": 0, "conflicting": 0, "duplicate": 0}
+REASONS = {"empty_text": 0, "no_rating": 0, "unmapped_rating": 0, "conflicting": 0, "duplicate": 0, "over_share": 0}
 OPENINGS = ("Adorei", "Comprei", "Recebi ontem", "Já uso", "Devolvi", "Não troco")
 ENDINGS = ("chegou cedo", "veio riscada", "a cor é linda", "faz muito barulho", "vale o preço", "durou pouco")
 
@@ -295,3 +295,22 @@ def test_a_failure_leaves_the_earlier_splits_as_they_were(run):
     with pytest.raises(DataError):
         run(reviews(200, seed=1).assign(overall_rating="5"))
     assert {path.name: path.read_bytes() for path in prepare.PREPARED.iterdir()} == first
+
+
+def test_validation_and_test_are_sampled_to_the_shares_that_are_asked_for_and_training_is_not(run):
+    frame = reviews(4000)
+    plain, _ = run(frame)
+    frames, metrics = run(frame, shares={"negativo": 0.2, "positivo": 0.8})
+    for name in ("validation", "test"):
+        assert (frames[name]["label"] == 0).mean() == pytest.approx(0.2, abs=0.005)
+        assert set(frames[name]["review_id"]) < set(plain[name]["review_id"])
+        assert (frames[name]["label"] == 1).sum() == (plain[name]["label"] == 1).sum()
+    pd.testing.assert_frame_equal(frames["train"], plain["train"])
+    left = sum(len(plain[name]) - len(frames[name]) for name in ("validation", "test"))
+    assert metrics["rejected"] == REASONS | {"over_share": left}
+
+
+@pytest.mark.parametrize("shares", [{"negativo": 1.0}, {"negativo": 0.2, "positivo": 0.7}, {"ruim": 0.2, "bom": 0.8}])
+def test_shares_that_are_not_of_the_classes_are_refused(run, shares):
+    with pytest.raises(ParamsError, match=r"prepare\.?.*shares"):
+        run(reviews(50), shares=shares)
