@@ -1,4 +1,4 @@
-"""What pre-training and more reviews are worth: the baseline, BERT from scratch and BERT from checkpoints, on few reviews and many.
+"""What pre-training and more reviews are worth: the baseline, BERT from scratch and from checkpoints, on few reviews and many.
 
 Run: python -m bench.results models/base [OTHER …]      after `dvc repro prepare`, with prepare.shares as the test set is to be
 
@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 
 from sentiment import calibration, checkpoint, metrics, params, tokens, training
 from sentiment.classifier import logits
+from sentiment.feed import Feed
 from sentiment.files import atomic
 from sentiment.logs import run_stage, timed
 from sentiment.loop import seed
@@ -126,7 +127,7 @@ def fine_tuned(parts: dict[str, pd.DataFrame], settings: params.Params) -> Score
         found = {}
         for name in ("validation", "test"):
             start = time.perf_counter()
-            feed = training.Feed(rows[name], run.device, run.feed.pad_id, run.feed.packed)
+            feed = Feed(rows[name], run.device, run.feed.pad_id, run.feed.packed)
             with run.accelerator.autocast():
                 outputs = logits(run.module, feed, feed.in_order(settings.evaluate.batch_tokens), len(names))
             found[name] = calibration.probabilities(outputs.float().cpu().numpy(), 1.0)
