@@ -5,6 +5,8 @@ class's. `loss` is the mean negative log-likelihood in nats. `roc_auc` and `pr_a
 over the classes, each against the rest: with two classes `roc_auc` is the usual one.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from sklearn.metrics import (
     average_precision_score,
@@ -15,6 +17,9 @@ from sklearn.metrics import (
     roc_auc_score,
     roc_curve,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BANDS = ((0.8, "Excelente"), (0.7, "Bom"), (0.6, "Razoável"), (-1.0, "Baixo"))  # of f1, from the top
 SMALLEST = 1e-12  # probabilities are kept above this in logarithms
@@ -41,6 +46,14 @@ def score(probabilities: np.ndarray, predictions: np.ndarray, labels: np.ndarray
         **{f"pr_auc_{label}": float(area) for label, area in zip(names, precision_areas, strict=True)},
         "matthews": float(matthews_corrcoef(labels, predictions)),
     }
+
+
+def rescore(predictions: "pd.DataFrame", names: list[str]) -> dict[str, float]:
+    """The metrics of a table of predictions (see stages/evaluate.py), the classes in the order of `names`."""
+    index = {name: k for k, name in enumerate(names)}
+    values = predictions[[f"probability_{name}" for name in names]].to_numpy()
+    chosen, labels = (predictions[column].map(index).to_numpy() for column in ("prediction", "label"))
+    return score(values, chosen, labels, names)
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from sentiment.errors import ParamsError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Floor = Annotated[float, Field(ge=0, le=1)] | None
 Text = Annotated[str, Field(min_length=1)]
 Kind = TypeVar("Kind", bound="Section")
 
@@ -130,7 +131,13 @@ class Promote(Section):
     stage: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
     metric: Text
     min_delta: Annotated[float, Field(ge=0, lt=1)]
-    min_f1: Annotated[float, Field(ge=0, le=1)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] | None
+    min_f1: Floor
+    min_class_f1: Floor
+    max_calibration_error: Floor
+    min_reviews_per_second: Annotated[float, Field(gt=0)] | None
+    max_megabytes: Annotated[float, Field(gt=0)] | None
+    known_data: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None
 
 
 class Params(Section):

@@ -16,12 +16,15 @@ import pandas as pd
 from sentiment import metrics, params
 from sentiment.errors import ParamsError, RegistryError
 from sentiment.files import read_json, write_json
+from sentiment.gates import judge
 from sentiment.logs import run_stage
 from sentiment.registry import ARTIFACT, Registry, Version, find_repository
 
 SCORES = Path("metrics/test.json")
 PREDICTIONS = Path("data/predictions/test.parquet")
 PREPARED = Path("data/prepared/test.parquet")
+DATA = Path("metrics/data.json")
+MODEL = Path("models/sentiment")
 DECISION = Path("metrics/promotion.json")
 NOT_FOR_PROMOTION = ("reviews", "loss")
 log = logging.getLogger("stages.promote")
@@ -32,7 +35,7 @@ def main() -> None:
     candidate = pd.read_parquet(PREDICTIONS)
     names = list(settings.prepare.labels)
     scores = read_json(SCORES)
-    check_metric(settings.promote.metric, rescore(candidate, names))
+    check_metric(settings.promote.metric, metrics.rescore(candidate, names))
     try:
         registry = Registry(find_repository(Path()))
         with registry.lock():
@@ -53,26 +56,16 @@ def check_metric(metric: str, known: dict[str, float]) -> None:
         raise ParamsError(f"promote.metric is {metric}, which is none of: {', '.join(allowed)}")
 
 
-def rescore(predictions: pd.DataFrame, names: list[str]) -> dict[str, float]:
-    """The metrics of a table of predictions (see stages/evaluate.py), the classes in the order of `names`."""
-    index = {name: k for k, name in enumerate(names)}
-    values = predictions[[f"probability_{name}" for name in names]].to_numpy()
-    chosen, labels = (predictions[column].map(index).to_numpy() for column in ("prediction", "label"))
-    return metrics.score(values, chosen, labels, names)
-
-
 def decide(
     registry: Registry, candidate: pd.DataFrame, scores: dict[str, Any], names: list[str], settings: params.Params
 ) -> dict[str, Any]:
     """What metrics/promotion.json says: the verdict (promoted or kept), the reason, and each gate with value and bound."""
     metric, rules = settings.promote.metric, settings.promote
     version = registry.in_stage(rules.stage)
-    rival, compared_on = production_score(registry, version, candidate, names, metric) if version else (None, None)
-    value = rescore(candidate, names)[metric]
-    gates = [gate("f1_macro above promote.min_f1", scores["f1_macro"], rules.min_f1, scores["f1_macro"] > rules.min_f1)]
-    if rival is not None:
-        better = value - rival > rules.min_delta
-        gates.append(gate(f"{metric} gained over production, above promote.min_delta", value - rival, rules.min_delta, better))
+    production, compared_on = production_answers(registry, version, candidate, names) if version else (None, None)
+    rival = None if production is None else metrics.rescore(production, names)[metric]
+    value = metrics.rescore(candidate, names)[metric]
+    gates = judge(candidate, production, scores, read_json(DATA) if rules.known_data else {}, MODEL, names, rules)
     promoted = all(each["passed"] for each in gates)
     return {
         "verdict": "promoted" if promoted else "kept",
@@ -88,15 +81,10 @@ def decide(
     }
 
 
-def gate(name: str, value: float, bound: float, passed: bool) -> dict[str, Any]:
-    """One condition of a promotion."""
-    return {"gate": name, "value": round(float(value), 6), "bound": bound, "passed": bool(passed)}
-
-
-def production_score(
-    registry: Registry, version: Version, candidate: pd.DataFrame, names: list[str], metric: str
-) -> tuple[float, str]:
-    """The metric of the production model on the candidate's test reviews, and how it was had.
+def production_answers(
+    registry: Registry, version: Version, candidate: pd.DataFrame, names: list[str]
+) -> tuple[pd.DataFrame, str]:
+    """The production model's predictions for the candidate's test reviews, and how they were had.
 
     By the predictions stored with it if they are of the same reviews, else by scoring the production model on them. Raises
     RegistryError if it tells other classes, or if neither is to be had.
@@ -111,9 +99,9 @@ def production_score(
         )
     same = [frame.sort_values("review_id")[["review_id", "label"]].to_numpy() for frame in (stored, candidate)]
     if same[0].shape == same[1].shape and (same[0] == same[1]).all():
-        return rescore(stored, names)[metric], "predictions stored with the production model"
+        return stored, "predictions stored with the production model"
     log.info("%s was tested on other reviews: it is scored on this test split", version.tag)
-    return rescore(predict(registry.folder(version), candidate, names), names)[metric], "production model scored on this test"
+    return predict(registry.folder(version), candidate, names), "production model scored on this test"
 
 
 def predict(folder: Path, candidate: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -125,7 +113,7 @@ def predict(folder: Path, candidate: pd.DataFrame, names: list[str]) -> pd.DataF
     values = classifier.probabilities(texts.loc[candidate["review_id"]].tolist())
     columns = {f"probability_{name}": values[:, classifier.labels.index(name)] for name in names}
     chosen = np.array(classifier.labels, dtype=object)[classifier.decide(values)]
-    return pd.DataFrame({"label": candidate["label"], "prediction": chosen, **columns})
+    return pd.DataFrame({"review_id": candidate["review_id"], "label": candidate["label"], "prediction": chosen, **columns})
 
 
 def reason(
@@ -135,7 +123,7 @@ def reason(
     if not promoted:
         failed = next(each for each in gates if not each["passed"])
         against = f" ({metric} {value:.4f} against {rival:.4f} of {version.name})" if version and rival is not None else ""
-        return f"{failed['gate']}: {failed['value']:.4f}, which is not above {failed['bound']:.4f}{against}"
+        return f"{failed['gate']}: {failed['value']:.4f} (bound {failed['bound']:.4f}){against}"
     if version is None or rival is None:
         return f"nothing was in production, and {metric} is {value:.4f}"
     return f"{metric} {value:.4f} is better than {rival:.4f} of {version.name}"

@@ -239,3 +239,13 @@ def wait_for_queue(repository):
             return
         time.sleep(1)
     pytest.fail(f"the queue did not end\n{status}")
+
+
+def test_the_decision_and_the_tag_list_each_gate_with_value_bound_and_verdict(repository):
+    repository.set(train__lr=0.9)
+    repository.run("dvc", "repro")
+    gates = repository.decision()["gates"]
+    assert [each["gate"].split("promote.")[-1] for each in gates] == ["min_f1", "min_class_f1", "min_delta", "confidence"]
+    told = repository.git("tag", "--list", "--format=%(contents)", "sentiment#production#2")
+    for each in gates:
+        assert f"{each['gate']}: {each['value']:.4f} (bound {each['bound']:.4f}), passed" in told

@@ -1,0 +1,92 @@
+"""The conditions of a promotion: each with its value, its bound and whether it is passed. `promote` in params.yaml sets bounds.
+
+A bound of null turns a gate off. A gate that compares with the model in production is not there while nothing is.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sentiment import comparison, metrics
+from sentiment.params import Promote
+
+MEGABYTE = 1e6  # bytes
+
+
+def judge(
+    candidate: pd.DataFrame, production: pd.DataFrame | None, scores: dict[str, Any], data: dict[str, Any], model: Path,
+    names: list[str], rules: Promote,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All gates that are on, in the order in which a reason is looked for.
+
+    `candidate` and `production` are predictions for the same reviews (see sentiment/comparison.py); `scores` is what
+    metrics/test.json says, `data` what metrics/data.json says, `model` the model's folder.
+    """
+    return [
+        *of_quality(candidate, scores, names, rules),
+        *(against(candidate, production, names, rules) if production is not None else ()),
+        *of_running(scores, data, model, rules),
+    ]
+
+
+def of_quality(candidate: pd.DataFrame, scores: dict[str, Any], names: list[str], rules: Promote) -> Iterator[dict[str, Any]]:
+    """Floors for F1, for that of each class, and the most that confidence may be off."""
+    if rules.min_f1 is not None:
+        yield above("f1_macro above promote.min_f1", scores["f1_macro"], rules.min_f1)
+    if rules.min_class_f1 is not None:
+        found = metrics.rescore(candidate, names)
+        worst = min(names, key=lambda name: found[f"f1_{name}"])
+        yield above(f"f1_{worst}, the lowest of a class, above promote.min_class_f1", found[f"f1_{worst}"], rules.min_class_f1)
+    if rules.max_calibration_error is not None:
+        error = scores["expected_calibration_error"]
+        yield below("expected calibration error at most promote.max_calibration_error", error, rules.max_calibration_error)
+
+
+def against(candidate: pd.DataFrame, production: pd.DataFrame, names: list[str], rules: Promote) -> Iterator[dict[str, Any]]:
+    """The gain over production, and how sure it is that there is one."""
+    gain = metrics.rescore(candidate, names)[rules.metric] - metrics.rescore(production, names)[rules.metric]
+    yield above(f"{rules.metric} gained over production, above promote.min_delta", gain, rules.min_delta)
+    if rules.confidence is not None:
+        sure = probability_of_gain(candidate, production, rules.metric)
+        name = f"probability that {rules.metric} is better than production's, at least promote.confidence"
+        yield gate(name, sure, rules.confidence, passed=sure >= rules.confidence)
+
+
+def probability_of_gain(candidate: pd.DataFrame, production: pd.DataFrame, metric: str) -> float:
+    """The share of paired resamples of the test reviews in which the candidate's metric is better.
+
+    Of a metric that sentiment.comparison does not resample, it is that of accuracy.
+    """
+    rows = {row.metric: row for row in comparison.differences(comparison.pair(candidate, production))}
+    return rows[metric if metric in rows else "accuracy"].a_better
+
+
+def of_running(scores: dict[str, Any], data: dict[str, Any], model: Path, rules: Promote) -> Iterator[dict[str, Any]]:
+    """What the model costs, and whether its data is known."""
+    if rules.min_reviews_per_second is not None:
+        name = "reviews a second in evaluation, above promote.min_reviews_per_second"
+        yield above(name, scores["reviews_per_second"], rules.min_reviews_per_second)
+    if rules.max_megabytes is not None:
+        size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / MEGABYTE
+        yield below("megabytes of the model's folder, at most promote.max_megabytes", size, rules.max_megabytes)
+    if rules.known_data:
+        known = data["sha256"] in rules.known_data
+        name = f"the data's sha256 ({data['sha256'][:12]}…) is one of promote.known_data"
+        yield gate(name, float(known), 1.0, passed=known)
+
+
+def above(name: str, value: float, bound: float) -> dict[str, Any]:
+    """A gate that values above its bound pass."""
+    return gate(name, value, bound, passed=value > bound)
+
+
+def below(name: str, value: float, bound: float) -> dict[str, Any]:
+    """A gate that values up to its bound pass."""
+    return gate(name, value, bound, passed=value <= bound)
+
+
+def gate(name: str, value: float, bound: float, *, passed: bool) -> dict[str, Any]:
+    """One condition of a promotion."""
+    return {"gate": name, "value": round(float(value), 6), "bound": bound, "passed": bool(passed)}
