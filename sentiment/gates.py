@@ -8,25 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from sentiment import comparison, metrics
 from sentiment.params import Promote
 
 MEGABYTE = 1e6  # bytes
+SURE = 0.05
 
 
 def judge(
-    candidate: pd.DataFrame, production: pd.DataFrame | None, scores: dict[str, Any], data: dict[str, Any], model: Path,
-    names: list[str], rules: Promote,
+    candidate: pd.DataFrame, production: pd.DataFrame | None, kinds: dict[str, pd.Series], scores: dict[str, Any],
+    data: dict[str, Any], model: Path, names: list[str], rules: Promote,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """All gates that are on, in the order in which a reason is looked for.
 
-    `candidate` and `production` are predictions for the same reviews (see sentiment/comparison.py); `scores` is what
+    `candidate` and `production` are predictions for the same reviews (see sentiment/comparison.py), `kinds` the groups of the
+    candidate's reviews by slice (see sentiment/slices.py), in its order; `scores` is what
     metrics/test.json says, `data` what metrics/data.json says, `model` the model's folder.
     """
     return [
         *of_quality(candidate, scores, names, rules),
-        *(against(candidate, production, names, rules) if production is not None else ()),
+        *(against(candidate, production, kinds, names, rules) if production is not None else ()),
         *of_running(scores, data, model, rules),
     ]
 
@@ -39,19 +42,45 @@ def of_quality(candidate: pd.DataFrame, scores: dict[str, Any], names: list[str]
         found = metrics.rescore(candidate, names)
         worst = min(names, key=lambda name: found[f"f1_{name}"])
         yield above(f"f1_{worst}, the lowest of a class, above promote.min_class_f1", found[f"f1_{worst}"], rules.min_class_f1)
+    if rules.min_slice_accuracy is not None and "worst_slice_accuracy_high" in scores:
+        name = "upper end of the weakest slice's accuracy above promote.min_slice_accuracy"
+        yield above(name, scores["worst_slice_accuracy_high"], rules.min_slice_accuracy)
     if rules.max_calibration_error is not None:
         error = scores["expected_calibration_error"]
         yield below("expected calibration error at most promote.max_calibration_error", error, rules.max_calibration_error)
 
 
-def against(candidate: pd.DataFrame, production: pd.DataFrame, names: list[str], rules: Promote) -> Iterator[dict[str, Any]]:
-    """The gain over production, and how sure it is that there is one."""
+def against(
+    candidate: pd.DataFrame, production: pd.DataFrame, kinds: dict[str, pd.Series], names: list[str], rules: Promote
+) -> Iterator[dict[str, Any]]:
+    """The gain over production, how sure it is that there is one, and whether it is paid for by a part of the reviews."""
     gain = metrics.rescore(candidate, names)[rules.metric] - metrics.rescore(production, names)[rules.metric]
     yield above(f"{rules.metric} gained over production, above promote.min_delta", gain, rules.min_delta)
     if rules.confidence is not None:
         sure = probability_of_gain(candidate, production, rules.metric)
         name = f"probability that {rules.metric} is better than production's, at least promote.confidence"
         yield gate(name, sure, rules.confidence, passed=sure >= rules.confidence)
+    if rules.max_slice_loss is not None:
+        loss, where = largest_sure_loss(candidate, production, kinds)
+        name = f"accuracy lost for sure by a slice{where}, at most promote.max_slice_loss"
+        yield below(name, loss, rules.max_slice_loss)
+
+
+def largest_sure_loss(candidate: pd.DataFrame, production: pd.DataFrame, kinds: dict[str, pd.Series]) -> tuple[float, str]:
+    """The most accuracy that a group loses against production, and which one it is; 0 and nothing if none does for sure.
+
+    Sure is what McNemar's exact test, one-sided, says at 5% over all groups together (Bonferroni).
+    """
+    answers = candidate.merge(production, on="review_id", how="left", suffixes=("", "_before"))
+    right, before = (answers[name].eq(answers["label"]).to_numpy() for name in ("prediction", "prediction_before"))
+    places = [(name, group, place) for name, of in kinds.items() for group, place in of.groupby(of.to_numpy()).indices.items()]
+    worst, where = 0.0, ""
+    for name, group, place in places:
+        lost, won = int((before & ~right)[place].sum()), int((right & ~before)[place].sum())
+        loss = (lost - won) / len(place)
+        if loss > worst and binomtest(lost, lost + won, alternative="greater").pvalue * len(places) < SURE:
+            worst, where = loss, f" ({name} {group})"
+    return worst, where
 
 
 def probability_of_gain(candidate: pd.DataFrame, production: pd.DataFrame, metric: str) -> float:

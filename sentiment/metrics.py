@@ -48,6 +48,13 @@ def score(probabilities: np.ndarray, predictions: np.ndarray, labels: np.ndarray
     }
 
 
+def f1_macro(predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    """The unweighted mean of the classes' F1."""
+    hits = np.bincount(labels[predictions == labels], minlength=classes)
+    told, support = (np.bincount(values, minlength=classes) for values in (predictions, labels))
+    return float((2 * hits / np.maximum(1, told + support)).mean())
+
+
 def rescore(predictions: "pd.DataFrame", names: list[str]) -> dict[str, float]:
     """The metrics of a table of predictions (see stages/evaluate.py), the classes in the order of `names`."""
     index = {name: k for k, name in enumerate(names)}

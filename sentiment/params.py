@@ -14,6 +14,7 @@ from sentiment.errors import ParamsError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Slice = Annotated[str, Field(pattern=r"^(stars|category|state|gender|age|month)$")]
 Floor = Annotated[float, Field(ge=0, le=1)] | None
 Text = Annotated[str, Field(min_length=1)]
 Kind = TypeVar("Kind", bound="Section")
@@ -125,6 +126,8 @@ class Evaluate(Section):
     curve_points: Annotated[int, Field(ge=2, le=2000)]
     calibration_bins: Annotated[int, Field(ge=2, le=100)]
     bootstrap: Annotated[int, Field(ge=100, le=1_000_000)]
+    slices: dict[Slice, Text]
+    min_slice: Annotated[int, Field(ge=10)]
 
 
 class Promote(Section):
@@ -134,6 +137,8 @@ class Promote(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] | None
     min_f1: Floor
     min_class_f1: Floor
+    min_slice_accuracy: Floor
+    max_slice_loss: Floor
     max_calibration_error: Floor
     min_reviews_per_second: Annotated[float, Field(gt=0)] | None
     max_megabytes: Annotated[float, Field(gt=0)] | None

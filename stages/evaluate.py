@@ -1,7 +1,7 @@
 """Score the model on the test split: metrics with intervals, curves, and every review's prediction.
 
 From: models/sentiment, data/tokens/test.safetensors, data/prepared/test.parquet
-To:   metrics/test.json, metrics/plots/{confusion,roc,precision_recall,calibration}.csv, data/predictions/test.parquet
+To:   metrics/test.json, metrics/plots/{confusion,roc,precision_recall,calibration,slices}.csv, data/predictions/test.parquet
 Run:  python -m stages.evaluate
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sentiment import calibration, metrics, params
+from sentiment import calibration, metrics, params, slices
 from sentiment.classifier import Classifier
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
@@ -37,14 +37,20 @@ def main() -> None:
     values = calibration.probabilities(logits, classifier.inference.temperature)
     predictions, labels = classifier.decide(values), tokens.labels.astype(int)
     scores = score(values, logits, predictions, labels, classifier.labels, settings.evaluate)
+    reviews = pd.read_parquet(PREPARED)
+    answers = table(reviews["review_id"], values, predictions, labels, classifier.labels)
     with atomic(PREDICTIONS) as part:
-        ids = pd.read_parquet(PREPARED, columns=["review_id"])["review_id"]
-        table(ids, values, predictions, labels, classifier.labels).to_parquet(part, index=False)
-    for name, frame in curves(values, predictions, labels, classifier.labels, settings.evaluate).items():
+        answers.to_parquet(part, index=False)
+    rules = settings.evaluate
+    parts = slices.table(reviews, answers, classifier.labels, rules.slices, rules.min_slice, rules.bootstrap)
+    scores |= {"worst_slice_accuracy_high": round(float(parts["accuracy_high"].min()), 6)} if len(parts) else {}
+    for name, frame in {"slices": parts, **curves(values, predictions, labels, classifier.labels, rules)}.items():
         with atomic(PLOTS / f"{name}.csv") as part:
             frame.to_csv(part, index=False, float_format="%.6g")
     write_json(METRICS, scores | {"reviews_per_second": round(speed, 1)})
     report(scores, speed)
+    for row in slices.worst(parts).itertuples():
+        log.info("weakest by %s: %s, accuracy %.4f [%.4f, %.4f] of %d", *row[1:3], *row[4:7], row.reviews)
 
 
 def score(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sentiment import metrics, params
+from sentiment import metrics, params, slices
 from sentiment.errors import ParamsError, RegistryError
 from sentiment.files import read_json, write_json
 from sentiment.gates import judge
@@ -65,7 +65,8 @@ def decide(
     production, compared_on = production_answers(registry, version, candidate, names) if version else (None, None)
     rival = None if production is None else metrics.rescore(production, names)[metric]
     value = metrics.rescore(candidate, names)[metric]
-    gates = judge(candidate, production, scores, read_json(DATA) if rules.known_data else {}, MODEL, names, rules)
+    data = read_json(DATA) if rules.known_data else {}
+    gates = judge(candidate, production, kinds(candidate, settings), scores, data, MODEL, names, rules)
     promoted = all(each["passed"] for each in gates)
     return {
         "verdict": "promoted" if promoted else "kept",
@@ -79,6 +80,13 @@ def decide(
         "gates": gates,
         "version": registry.next_version() if promoted else None,
     }
+
+
+def kinds(candidate: pd.DataFrame, settings: params.Params) -> dict[str, pd.Series]:
+    """The groups of the candidate's test reviews by slice."""
+    reviews = pd.read_parquet(PREPARED).set_index("review_id").loc[candidate["review_id"]].reset_index()
+    found = slices.groups(reviews, settings.evaluate.slices)
+    return {name: slices.merged(of, settings.evaluate.min_slice) for name, of in found.items()}
 
 
 def production_answers(

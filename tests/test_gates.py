@@ -9,18 +9,18 @@ from test_comparison import NAMES, answers
 
 OFF = {
     "min_delta": 0.0, "confidence": None, "min_f1": None, "min_class_f1": None, "max_calibration_error": None,
-    "min_reviews_per_second": None, "max_megabytes": None, "known_data": None,
+    "min_slice_accuracy": None, "max_slice_loss": None, "min_reviews_per_second": None, "max_megabytes": None, "known_data": None,
 }  # fmt: skip
 DATA = {"sha256": "ab" * 32}
-SCORES = {"f1_macro": 0.9, "expected_calibration_error": 0.02, "reviews_per_second": 500.0}
+SCORES = {"f1_macro": 0.9, "expected_calibration_error": 0.02, "reviews_per_second": 500.0, "worst_slice_accuracy_high": 0.7}
 
 
-def judged(tmp_path, candidate, production=None, scores=SCORES, **rules):
+def judged(tmp_path, candidate, production=None, scores=SCORES, kinds=None, **rules):
     """The gates with all rules off but these, and whether a model of 2 MB of these answers passes them all."""
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "weights").write_bytes(b"\0" * 2_000_000)
     settings = params.load().promote.model_copy(update=OFF | rules)
-    found = gates.judge(candidate, production, scores, DATA, tmp_path / "model", NAMES, settings)
+    found = gates.judge(candidate, production, kinds or {}, scores, DATA, tmp_path / "model", NAMES, settings)
     return found, all(each["passed"] for each in found)
 
 
@@ -28,6 +28,7 @@ def judged(tmp_path, candidate, production=None, scores=SCORES, **rules):
     ("rules", "passed"),
     [
         ({"min_f1": 0.89}, True), ({"min_f1": 0.9}, False),
+        ({"min_slice_accuracy": 0.69}, True), ({"min_slice_accuracy": 0.7}, False),
         ({"max_calibration_error": 0.02}, True), ({"max_calibration_error": 0.019}, False),
         ({"min_reviews_per_second": 499.0}, True), ({"min_reviews_per_second": 501.0}, False),
         ({"max_megabytes": 2.0}, True), ({"max_megabytes": 1.9}, False),
@@ -95,3 +96,25 @@ def test_the_order_of_the_reviews_does_not_matter(tmp_path):
     production, candidate = answers(0.9), answers(0.95, seed=2)
     shuffled = pd.DataFrame(production.sample(frac=1, random_state=0))
     assert judged(tmp_path, candidate, shuffled, confidence=0.9) == judged(tmp_path, candidate, production, confidence=0.9)
+
+
+def test_a_model_that_is_better_on_the_whole_but_broken_on_a_slice_is_held_back(tmp_path):
+    production, candidate = answers(0.9, 4000), answers(0.97, 4000, seed=2)
+    category = pd.Series(np.where(np.arange(4000) % 20 == 0, "Livros", "outra"), dtype="string")
+    rows = candidate.index[(category == "Livros") & (np.arange(4000) % 60 != 0)]
+    candidate.loc[rows, "prediction"] = candidate.loc[rows, "label"].map({"negativo": "positivo", "positivo": "negativo"})
+    rules = {"confidence": 0.95, "max_slice_loss": 0.03, "kinds": {"category": category}}
+    found, verdict = judged(tmp_path, candidate, production, **rules)
+    assert [each["passed"] for each in found] == [True, True, False]
+    assert not verdict
+    assert "category Livros" in found[2]["gate"]
+    assert judged(tmp_path, answers(0.97, 4000, seed=2), production, **rules)[1]
+
+
+def test_a_slice_that_loses_by_chance_is_no_loss(tmp_path):
+    category = pd.Series(np.arange(2000) % 40, dtype="string")
+    passed = [
+        judged(tmp_path, answers(0.9, seed=2 * k), answers(0.9, seed=2 * k + 1), kinds={"category": category}, max_slice_loss=0.0)
+        for k in range(30)
+    ]
+    assert sum(found[-1]["passed"] for found, _ in passed) >= 25  # of 30; wrong in at most one of twenty

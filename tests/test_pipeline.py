@@ -62,7 +62,7 @@ def test_every_plot_is_drawn_from_data_that_is_there(trained):
     page = (trained.path / "drawn" / "index.html").read_text(encoding="utf-8")
     plots = pipeline(trained)["plots"]
     assert "failed" not in done.stderr.lower()
-    assert len(plots) == 8
+    assert len(plots) == 9
     for plot in plots:
         (name,) = plot
         assert f'"{name}"' in page
