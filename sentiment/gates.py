@@ -45,6 +45,9 @@ def of_quality(candidate: pd.DataFrame, scores: dict[str, Any], names: list[str]
     if rules.min_slice_accuracy is not None and "worst_slice_accuracy_high" in scores:
         name = "upper end of the weakest slice's accuracy above promote.min_slice_accuracy"
         yield above(name, scores["worst_slice_accuracy_high"], rules.min_slice_accuracy)
+    if rules.max_check_failure_rate is not None and "check_failure_rate" in scores:
+        name = "share of behavioural checks that fail, at most promote.max_check_failure_rate"
+        yield below(name, scores["check_failure_rate"], rules.max_check_failure_rate)
     if rules.max_calibration_error is not None:
         error = scores["expected_calibration_error"]
         yield below("expected calibration error at most promote.max_calibration_error", error, rules.max_calibration_error)

@@ -128,6 +128,8 @@ class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100, le=1_000_000)]
     slices: dict[Slice, Text]
     min_slice: Annotated[int, Field(ge=10)]
+    checks: Text | None
+    show_texts: bool
 
 
 class Promote(Section):
@@ -139,6 +141,7 @@ class Promote(Section):
     min_class_f1: Floor
     min_slice_accuracy: Floor
     max_slice_loss: Floor
+    max_check_failure_rate: Floor
     max_calibration_error: Floor
     min_reviews_per_second: Annotated[float, Field(gt=0)] | None
     max_megabytes: Annotated[float, Field(gt=0)] | None

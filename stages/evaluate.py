@@ -1,7 +1,8 @@
 """Score the model on the test split: metrics with intervals, curves, and every review's prediction.
 
 From: models/sentiment, data/tokens/test.safetensors, data/prepared/test.parquet
-To:   metrics/test.json, metrics/plots/{confusion,roc,precision_recall,calibration,slices}.csv, data/predictions/test.parquet
+To:   metrics/{test,checks}.json, metrics/plots/{confusion,roc,precision_recall,calibration,slices}.csv,
+      data/predictions/{test,checks}.parquet
 Run:  python -m stages.evaluate
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sentiment import calibration, metrics, params, slices
+from sentiment import behaviour, calibration, metrics, params, slices
 from sentiment.classifier import Classifier
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
@@ -23,6 +24,8 @@ TOKENS = Path("data/tokens/test.safetensors")
 PREPARED = Path("data/prepared/test.parquet")
 METRICS = Path("metrics/test.json")
 PLOTS = Path("metrics/plots")
+CHECKS = Path("data/predictions/checks.parquet")
+CHECK_METRICS = Path("metrics/checks.json")
 PREDICTIONS = Path("data/predictions/test.parquet")
 log = logging.getLogger("stages.evaluate")
 
@@ -44,6 +47,7 @@ def main() -> None:
     rules = settings.evaluate
     parts = slices.table(reviews, answers, classifier.labels, rules.slices, rules.min_slice, rules.bootstrap)
     scores |= {"worst_slice_accuracy_high": round(float(parts["accuracy_high"].min()), 6)} if len(parts) else {}
+    scores |= check(classifier, rules.checks)
     for name, frame in {"slices": parts, **curves(values, predictions, labels, classifier.labels, rules)}.items():
         with atomic(PLOTS / f"{name}.csv") as part:
             frame.to_csv(part, index=False, float_format="%.6g")
@@ -94,6 +98,22 @@ def curves(
         "precision_recall": pd.concat(precision_recall),
         "calibration": pd.DataFrame(metrics.reliability(values, labels, settings.calibration_bins)),
     }
+
+
+def check(classifier: Classifier, path: str | None) -> dict[str, float]:
+    """Run the behavioural checks and write what they found; returns the share of cases that fail, nothing if they are off."""
+    if path is None:
+        write_json(CHECK_METRICS, {})
+        pd.DataFrame({"check": []}).to_parquet(CHECKS)
+        return {}
+    rows = behaviour.run(behaviour.load(Path(path)), classifier.labels, classifier.probabilities, classifier.decide)
+    with atomic(CHECKS) as part:
+        rows.to_parquet(part, index=False)
+    found = behaviour.summary(rows)
+    write_json(CHECK_METRICS, {row.pop("check"): row for row in found.to_dict("records")})
+    for row in found.nlargest(3, "failure_rate").itertuples():
+        log.info("behaviour: %s fails %d of %d", row.check, row.failures, row.cases)
+    return {"check_failure_rate": round(float(rows["failed"].mean()), 6)}
 
 
 def report(scores: dict, speed: float) -> None:

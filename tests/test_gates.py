@@ -7,12 +7,17 @@ import pytest
 from sentiment import gates, params
 from test_comparison import NAMES, answers
 
-OFF = {
-    "min_delta": 0.0, "confidence": None, "min_f1": None, "min_class_f1": None, "max_calibration_error": None,
-    "min_slice_accuracy": None, "max_slice_loss": None, "min_reviews_per_second": None, "max_megabytes": None, "known_data": None,
-}  # fmt: skip
+OFF: dict[str, float | None] = dict.fromkeys(
+    (
+        "confidence", "min_f1", "min_class_f1", "min_slice_accuracy", "max_slice_loss", "max_check_failure_rate",
+        "max_calibration_error", "min_reviews_per_second", "max_megabytes", "known_data",
+    )
+) | {"min_delta": 0.0}  # fmt: skip
 DATA = {"sha256": "ab" * 32}
-SCORES = {"f1_macro": 0.9, "expected_calibration_error": 0.02, "reviews_per_second": 500.0, "worst_slice_accuracy_high": 0.7}
+SCORES = {
+    "f1_macro": 0.9, "expected_calibration_error": 0.02, "reviews_per_second": 500.0, "worst_slice_accuracy_high": 0.7,
+    "check_failure_rate": 0.2,
+}  # fmt: skip
 
 
 def judged(tmp_path, candidate, production=None, scores=SCORES, kinds=None, **rules):
@@ -29,6 +34,7 @@ def judged(tmp_path, candidate, production=None, scores=SCORES, kinds=None, **ru
     [
         ({"min_f1": 0.89}, True), ({"min_f1": 0.9}, False),
         ({"min_slice_accuracy": 0.69}, True), ({"min_slice_accuracy": 0.7}, False),
+        ({"max_check_failure_rate": 0.2}, True), ({"max_check_failure_rate": 0.19}, False),
         ({"max_calibration_error": 0.02}, True), ({"max_calibration_error": 0.019}, False),
         ({"min_reviews_per_second": 499.0}, True), ({"min_reviews_per_second": 501.0}, False),
         ({"max_megabytes": 2.0}, True), ({"max_megabytes": 1.9}, False),

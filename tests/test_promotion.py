@@ -245,7 +245,8 @@ def test_the_decision_and_the_tag_list_each_gate_with_value_bound_and_verdict(re
     repository.set(train__lr=0.9)
     repository.run("dvc", "repro")
     gates = repository.decision()["gates"]
-    assert [each["gate"].split("promote.")[-1] for each in gates] == ["min_f1", "min_class_f1", "min_delta", "confidence"]
+    on = ["min_f1", "min_class_f1", "min_delta", "confidence", "max_slice_loss"]
+    assert [each["gate"].split("promote.")[-1] for each in gates] == on
     told = repository.git("tag", "--list", "--format=%(contents)", "sentiment#production#2")
     for each in gates:
         assert f"{each['gate']}: {each['value']:.4f} (bound {each['bound']:.4f}), passed" in told
