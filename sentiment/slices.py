@@ -74,10 +74,18 @@ def table(
     rows = []
     for name, of in groups(reviews, columns).items():
         kinds = merged(of, smallest)
-        for group, place in kinds.groupby(kinds).indices.items():
+        places = kinds.groupby(kinds).indices
+        for group in sorted(places, key=in_order):
+            place = places[group]
             if len(place) >= smallest:
                 rows.append({"slice": name, "group": group} | scores(labels[place], said[place], len(names), resamples))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def in_order(group: str) -> tuple[int, str]:
+    """What groups are sorted by: ranges as they follow each other, others by name, small ones last."""
+    ranged = [*LENGTHS, *AGES]
+    return (ranged.index(group) if group in ranged else len(ranged) * (group == REST), group)
 
 
 def scores(labels: np.ndarray, said: np.ndarray, classes: int, resamples: int) -> dict[str, float]:

@@ -23,6 +23,9 @@ TINY = {
     "train.epochs": 2,
     "train.batch_tokens": 512,
     "evaluate.bootstrap": 100,
+    "promote.min_class_f1": None,
+    "promote.min_slice_accuracy": None,
+    "promote.max_check_failure_rate": None,
 }
 REVIEWS = 600  # of the sample, for a run of the whole pipeline
 OUTSIDE = ("GIT_", "DVC_", "XDG_")  # variables of the user that would reach into the repositories

@@ -1,11 +1,13 @@
 """The whole pipeline by `dvc repro` and `dvc exp run`, with a tiny model and a small source."""
 
+import html
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-STAGES = ["download", "prepare", "tokenize", "train", "evaluate", "promote"]
+STAGES = ["download", "prepare", "tokenize", "train", "evaluate", "promote", "report"]
 UP_TO_DATE = "Data and pipelines are up to date."
 
 
@@ -114,3 +116,19 @@ def test_a_changed_source_runs_the_pipeline_again(prepared):
 def test_a_repository_that_was_moved_runs_on(prepared, tmp_path):
     prepared.path = prepared.path.rename(tmp_path / "moved")
     assert UP_TO_DATE in prepared.run("dvc", "repro", "prepare").stdout
+
+
+@pytest.mark.slow
+def test_the_report_opens_offline_and_shows_texts_only_when_asked_to(trained):
+    page = (trained.path / "metrics" / "report.html").read_text(encoding="utf-8")
+    texts = pq.read_table(trained.path / "data" / "prepared" / "test.parquet")["text"].to_pylist()
+    shown = [text for text in texts if html.escape(text) in page or text in page]
+    decision = trained.decision()
+    assert "http" not in page
+    assert f"{decision['verdict'].capitalize()}</span>: " in page
+    assert all(each["gate"].replace("'", "&#39;") in page for each in decision["gates"])
+    assert shown == []
+    trained.set(evaluate__show_texts=True)
+    trained.run("dvc", "repro", "--single-item", "report")
+    page = html.unescape((trained.path / "metrics" / "report.html").read_text(encoding="utf-8"))
+    assert any(text in page for text in texts)
