@@ -73,6 +73,16 @@ class Prepare(Section):
         return self
 
 
+class Audit(Section):
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")]
+    likeness: Annotated[float, Field(ge=0.3, lt=1)]
+    min_class_share: Floor
+    max_foreign: Floor
+    max_near_duplicates: Floor
+    max_doubtful_labels: Floor
+    max_drift: Floor
+
+
 class Tokenize(Section):
     max_length: Annotated[int, Field(ge=3, le=8192)]
 
@@ -153,6 +163,7 @@ class Params(Section):
 
     download: Download
     prepare: Prepare
+    audit: Audit
     tokenize: Tokenize
     model: Model
     train: Train

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-STAGES = ["download", "prepare", "tokenize", "train", "evaluate", "promote", "report"]
+STAGES = ["download", "prepare", "audit", "tokenize", "train", "evaluate", "promote", "report"]
 UP_TO_DATE = "Data and pipelines are up to date."
 
 
@@ -52,7 +52,7 @@ def test_a_run_leaves_no_file_that_git_neither_tracks_nor_ignores(trained_projec
 def test_every_metrics_file_is_there_and_metrics_stay_small(trained_project):
     stages = pipeline(trained_project)["stages"].values()
     names = [name for stage in stages for each in stage.get("metrics", []) for name in each]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert json.loads((trained_project.path / name).read_text(encoding="utf-8"))
     assert sum(map(len, files(trained_project.path / "metrics").values())) < 200_000
