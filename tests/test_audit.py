@@ -121,11 +121,11 @@ def test_a_finding_beyond_its_bound_stops_the_run_and_its_numbers_are_kept(run):
     train.loc[wrong, "label"] = 1 - train.loc[wrong, "label"]
     train["rating"] = pd.array(np.where(train["label"] == 1, 5.0, 1.0), "Float64")
     with pytest.raises(
-        DataError, match=r"doubtful_label_share is 0\.\d+ \(audit\.max_doubtful_labels 0\.12\): see data/doubtful/labels"
+        DataError, match=r"doubtful_label_share is 0\.\d+ \(audit\.max_doubtful_labels 0\.04\): see data/doubtful/labels"
     ):
         run(train)
-    assert json.loads(stage.METRICS.read_text())["doubtful_label_share"] > 0.12
-    assert run(train, max_doubtful_labels=None)["doubtful_label_share"] > 0.12
+    assert json.loads(stage.METRICS.read_text())["doubtful_label_share"] > 0.04
+    assert run(train, max_doubtful_labels=None)["doubtful_label_share"] > 0.04
 
 
 @pytest.mark.parametrize(
