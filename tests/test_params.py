@@ -27,15 +27,15 @@ def test_the_shipped_file_loads_with_every_section():
     settings = params.load(SHIPPED)
     assert settings.download.source == "data/sample/reviews.csv"
     assert settings.prepare.labels == {"negativo": [1, 2], "positivo": [4, 5]}
-    assert settings.train.lr == 5e-4
+    assert settings.train.lr == 3e-4
 
 
 @pytest.mark.parametrize("written", ["3e-05", "3.0e-5", "0.00003"])
 def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, written):
     path = tmp_path / "params.yaml"
     text = SHIPPED.read_text(encoding="utf-8")
-    assert "  lr: 5.0e-4 " in text
-    path.write_text(text.replace("  lr: 5.0e-4 ", f"  lr: {written} "), encoding="utf-8")
+    assert "  lr: 3.0e-4 " in text
+    path.write_text(text.replace("  lr: 3.0e-4 ", f"  lr: {written} "), encoding="utf-8")
     assert params.load(path).train.lr == 3e-5
 
 

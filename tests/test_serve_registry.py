@@ -104,7 +104,7 @@ def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, en
         load.wait_for(5)
         for k, damage in enumerate([cut_weights, make_not_finite, pickle_only]):
             failures = metric(service, "sentiment_model_load_failures_total")
-            promote(repository, 0.85 + k / 40, seed=2 + k, damage=damage)
+            promote(repository, 0.85 + k / 20, seed=2 + k, damage=damage)
             service.wait(lambda before=failures: metric(service, "sentiment_model_load_failures_total") > before, 60)
             load.wait_for(5)
             status, _, health = service.get("/health")
@@ -115,7 +115,7 @@ def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, en
         assert load.errors == []
         assert metric(service, "sentiment_model_failing") == 1
         assert any("ERROR serve.registry" in line and "still=v1.0.0" in line for line in service.log())
-        promote(repository, 0.95, seed=5)
+        promote(repository, 1.0, seed=5)
         service.wait(lambda: version_of(service) == "v1.4.0", 60)
         assert metric(service, "sentiment_model_failing") == 0
 
