@@ -60,8 +60,7 @@ def fingerprint(settings: pretraining_params.Params) -> str:
     """What decides a run's result: parameters, data and code."""
     parts: list[Any] = [settings.model_dump(), torch.__version__, PartialState().num_processes]
     parts += [sha256(path) for path in sorted(TOKENS.rglob("*")) if path.is_file()]
-    code = [Path(__file__), *(Path(module.__file__ or "") for module in (pretraining, pretraining_models))]
-    parts += [sha256(path) for path in code]
+    parts += [sha256(path) for path in sorted([Path(__file__), *Path(pretraining.__file__).parent.glob("*.py")])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
