@@ -60,8 +60,8 @@ def against(
     gain = metrics.rescore(candidate, names)[rules.metric] - metrics.rescore(production, names)[rules.metric]
     yield above(f"{rules.metric} gained over production, above promote.min_delta", gain, rules.min_delta)
     if rules.confidence is not None:
-        sure = probability_of_gain(candidate, production, rules.metric)
-        name = f"probability that {rules.metric} is better than production's, at least promote.confidence"
+        measured, sure = probability_of_gain(candidate, production, rules.metric)
+        name = f"probability that {measured} is better than production's, at least promote.confidence"
         yield gate(name, sure, rules.confidence, passed=sure >= rules.confidence)
     if rules.max_slice_loss is not None:
         loss, where = largest_sure_loss(candidate, production, kinds)
@@ -86,13 +86,14 @@ def largest_sure_loss(candidate: pd.DataFrame, production: pd.DataFrame, kinds: 
     return worst, where
 
 
-def probability_of_gain(candidate: pd.DataFrame, production: pd.DataFrame, metric: str) -> float:
-    """The share of paired resamples of the test reviews in which the candidate's metric is better.
+def probability_of_gain(candidate: pd.DataFrame, production: pd.DataFrame, metric: str) -> tuple[str, float]:
+    """The share of paired resamples of the test reviews in which the candidate's metric is better, and which metric it is.
 
-    Of a metric that sentiment.comparison does not resample, it is that of accuracy.
+    That is accuracy where sentiment.comparison does not resample the one that is asked for.
     """
     rows = {row.metric: row for row in comparison.differences(comparison.pair(candidate, production))}
-    return rows[metric if metric in rows else "accuracy"].a_better
+    measured = metric if metric in rows else "accuracy"
+    return measured, rows[measured].a_better
 
 
 def of_running(scores: dict[str, Any], data: dict[str, Any], model: Path, rules: Promote) -> Iterator[dict[str, Any]]:

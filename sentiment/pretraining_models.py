@@ -33,7 +33,7 @@ def build(settings: Params, tokenizer: Tokenizer) -> tuple[Any, MaskedModel | Re
         module: MaskedModel | ReplacedTokens = MaskedModel(masked, vocabulary, packed)
         model = masked
     else:
-        model = masked_bert(settings, tokenizer).bert if settings.model.checkpoint is None else masked.bert
+        model = masked.bert
         generator = masked_bert(settings, tokenizer, settings.train.generator_layers)
         module = ReplacedTokens(model, generator, vocabulary, packed)
     for part in module.modules():

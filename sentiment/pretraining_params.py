@@ -22,7 +22,6 @@ class Corpus(Section):
     min_words: Count
     max_words: Annotated[int, Field(ge=10)]
     held_out: Share
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Tokens(Section):

@@ -130,11 +130,16 @@ def test_a_finding_beyond_its_bound_stops_the_run_and_its_numbers_are_kept(run):
 
 @pytest.mark.parametrize(
     ("rules", "words"),
-    [({"min_class_share": 0.6}, "rarest class"), ({"language": "en"}, "not in en"), ({"max_near_duplicates": 0.0}, None)],
+    [
+        ({"min_class_share": 0.6}, "rarest class"),
+        ({"language": "en"}, "not in en"),
+        ({}, r"near_duplicate_share.*near_duplicates\.csv"),
+    ],
 )
 def test_each_bound_is_looked_at(run, rules, words):
-    if words is None:
-        run(reviews(200), **rules)
-    else:
-        with pytest.raises(DataError, match=words):
-            run(reviews(200), **rules)
+    train = reviews(200)
+    if not rules:  # a tenth of the test split with a word more
+        copied = reviews(100, 6, 6000).iloc[:20].assign(review_id=[f"copy{k}" for k in range(20)])
+        train = pd.concat([train, copied.assign(text=copied["text"] + " aliás")], ignore_index=True)
+    with pytest.raises(DataError, match=words):
+        run(train, **rules)

@@ -95,7 +95,8 @@ def test_a_metric_that_is_not_resampled_is_judged_by_accuracy(tmp_path):
     production, candidate = answers(0.9), answers(0.95, seed=2)
     found, verdict = judged(tmp_path, candidate, production, metric="matthews", confidence=0.95)
     assert verdict
-    assert found[1]["value"] == gates.probability_of_gain(candidate, production, "accuracy")
+    assert found[1]["gate"].startswith("probability that accuracy is better")
+    assert ("accuracy", found[1]["value"]) == gates.probability_of_gain(candidate, production, "accuracy")
 
 
 def test_the_order_of_the_reviews_does_not_matter(tmp_path):
