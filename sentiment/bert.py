@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from sentiment.ensemble import Ensemble
+
 NOT_SEEN = -10_000.0  # added to the attention scores of other reviews: far below any score, and exact in bf16
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Attend]  # input_ids, positions, first, attend: see Bert.logits
@@ -176,7 +178,9 @@ def varlen(bounds: torch.Tensor, longest: int) -> Attend:
 
 
 def can_pack(model: Any) -> bool:
-    """Whether a model is a BERT classifier as this module reads it."""
+    """Whether a model is a BERT classifier as this module reads it, or an ensemble of these."""
+    if isinstance(model, Ensemble):
+        return all(map(can_pack, model.members))
     return (
         model.config.model_type == "bert" and hasattr(model, "bert") and isinstance(getattr(model, "classifier", None), nn.Linear)
     )
@@ -189,4 +193,11 @@ def packs(model: Any, device: torch.device, precision: str) -> bool:
 
 def reader(model: Any, packed: bool) -> nn.Module:
     """What reads the batches of a Feed: this project's forward for a BERT classifier, else the model itself."""
+    if isinstance(model, Ensemble):
+        return model.of(reader(member, packed) for member in model.members)
     return VarlenBert(model) if packed else PaddedBert(model) if can_pack(model) else model
+
+
+def row_reader(model: Any) -> nn.Module:
+    """What reads packed rows (sentiment/packing.py)."""
+    return model.of(map(PackedBert, model.members)) if isinstance(model, Ensemble) else PackedBert(model)

@@ -36,16 +36,26 @@ def body(metadata: dict[str, Any]) -> str:
     """The card's text."""
     data, base, best = metadata["data"], metadata["base"], metadata["best_epoch"]
     origin = f"`{base['checkpoint']}`" + (f" at `{base['revision']}`" if base["revision"] else "")
+    made = f"Fine-tuned from {origin if base['checkpoint'] else 'scratch (a small BERT)'}"
+    if metadata["members"]:
+        members = ", ".join(f"{each['model']} (weights `{each['sha256'][:12]}…`)" for each in metadata["members"])
+        made = f"The average of the probabilities of {members}"
     labels, splits = ", ".join(metadata["labels"]), data["splits"]
     scores = "\n".join(f"| {name} | {metadata['validation'][name]:.4f} |" for name in INTERVAL_FREE)
-    history = "\n".join(
+    rows = "\n".join(
         f"| {row['epoch']} | {row['train_loss']:.4f} | {row['validation_loss']:.4f} | {row['validation_accuracy']:.4f} "
         f"| {row['validation_f1_macro']:.4f} | {row['seconds']:.1f} |"
         for row in metadata["history"]
     )
+    history = f"""
+## History
+| epoch | training loss | validation loss | accuracy | macro-F1 | seconds |
+|---|---|---|---|---|---|
+{rows}
+"""
     return f"""# Sentiment of Portuguese product reviews
 
-Classifies a review as {labels}. Fine-tuned from {origin if base["checkpoint"] else "scratch (a small BERT)"};
+Classifies a review as {labels}. {made};
 {metadata["parameters_count"]:,} parameters; trained on {metadata["device"]} in {metadata["precision"]},
 {metadata["training_seconds"]:.0f} s, {metadata["created"]}.
 
@@ -53,18 +63,13 @@ Classifies a review as {labels}. Fine-tuned from {origin if base["checkpoint"] e
 `{data["source"]}` (licence: {data["licence"]}; sha256 `{data["sha256"]}`): {splits["train"]["reviews"]} reviews to train on,
 {splits["validation"]["reviews"]} for validation, {splits["test"]["reviews"]} for test; no text and no product in two of them.
 
-## Scores on validation (calibrated; epoch {best})
+## Scores on validation (calibrated{f"; epoch {best}" if best else ""})
 | metric | value |
 |---|---|
 {scores}
 
 Scores on the test split are in `metrics/test.json` of the commit that the model's tag names.
-
-## History
-| epoch | training loss | validation loss | accuracy | macro-F1 | seconds |
-|---|---|---|---|---|---|
-{history}
-
+{history if rows else ""}
 ## Use
 `inference.json` holds the temperature that the logits are divided by and the threshold of the last class. Written for
 reviews of products in Brazilian Portuguese; other texts, and other sorts of opinion, were not measured.

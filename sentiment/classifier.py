@@ -58,21 +58,15 @@ class Classifier:
         folder = Path(folder)
         if not (folder / "inference.json").is_file():
             raise CheckpointError(f"{folder} holds no model of this project (no inference.json); train one: `dvc repro train`")
-        from transformers import AutoModelForSequenceClassification
-
         no_progress_bars()
         where = pick_device(device)
         try:
             inference = Inference(**read_json(folder / "inference.json"))
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
+            model, missing = load_network(folder)
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
-        if info["missing_keys"]:
-            raise CheckpointError(
-                f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}; fetch it again: `dvc checkout`"
-            )
+        if missing:
+            raise CheckpointError(f"{folder} lacks the weights {', '.join(missing)}; fetch it again: `dvc checkout`")
         names = [model.config.id2label[k] for k in range(model.config.num_labels)]
         return cls(model.to(where).eval(), load_tokenizer(folder, inference.max_length), inference, names, where)
 
@@ -106,6 +100,20 @@ class Classifier:
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """The class index of each row, by the model's own threshold: int64 [texts]."""
         return calibration.decide(probabilities, self.inference.threshold)
+
+
+def load_network(folder: Path) -> tuple[Any, list[str]]:
+    """The classifier or the ensemble in a folder, and the weights that the folder lacks."""
+    from transformers import AutoModelForSequenceClassification
+
+    from sentiment import ensemble
+
+    if ensemble.is_ensemble(folder):
+        return ensemble.load(folder), []
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    return model, sorted(info["missing_keys"])
 
 
 def pick_device(name: str) -> "torch.device":

@@ -23,7 +23,8 @@ from sentiment.comparison import Difference, McNemar
 from sentiment.errors import DataError, RegistryError
 from sentiment.files import atomic
 from sentiment.logs import first_line, guarded, setup
-from sentiment.registry import Registry, find_repository
+from sentiment.registry import Registry
+from sentiment.repository import find_repository
 
 WORKSPACE = "workspace"
 PREDICTIONS = Path("data/predictions/test.parquet")

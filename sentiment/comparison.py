@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from sentiment.errors import DataError
+from sentiment.metrics import delong
 
 RESAMPLES = 10_000
 LOSS_CHUNK = 250  # resamples of the loss drawn together: some 20 MB for 10,000 reviews
@@ -148,14 +149,6 @@ def of_roc_auc(of: Pair) -> Difference:
     half = float(stats.norm.ppf(0.975)) * deviation
     better = float(stats.norm.cdf((a - b) / deviation))
     return Difference("roc_auc", a, b, a - b, a - b - half, a - b + half, 2 * min(better, 1 - better), better)
-
-
-def delong(scores: np.ndarray, positive: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The area under the ROC curve, and what each positive and each negative review contributes to it."""
-    ranks, m, n = stats.rankdata(scores), int(positive.sum()), int((~positive).sum())
-    over_negative = (ranks[positive] - stats.rankdata(scores[positive])) / n
-    under_positive = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / m
-    return float(over_negative.mean()), over_negative, under_positive
 
 
 def mcnemar(of: Pair) -> McNemar:

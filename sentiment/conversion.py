@@ -162,9 +162,9 @@ def to_onnx(classifier: Classifier, converted: Path, precision: str, examples: l
 
 def packed(classifier: Classifier) -> Any:
     """The model as it reads packed rows, with dropout off."""
-    from sentiment.bert import PackedBert
+    from sentiment.bert import row_reader
 
-    return PackedBert(classifier.model).eval()
+    return row_reader(classifier.model).eval()
 
 
 def example() -> tuple[Any, ...]:

@@ -126,6 +126,7 @@ class Steps(Section):
 
 
 class Train(Steps):
+    ensemble: Annotated[list[Text], Field(min_length=2)] | None
     patience: Count | None
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]

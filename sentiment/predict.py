@@ -35,7 +35,8 @@ from sentiment.engines import Choice, Engine
 from sentiment.errors import CheckpointError, DataError, ProjectError
 from sentiment.files import atomic, read_json
 from sentiment.logs import first_line, run_stage
-from sentiment.registry import Registry, find_repository, resolve
+from sentiment.registry import Registry, resolve
+from sentiment.repository import find_repository
 from sentiment.sources import Row
 from sentiment.tokens import encode, load_tokenizer
 
@@ -189,9 +190,10 @@ def choose(engine: str, name: str, folder: Path, number: int) -> tuple[Choice, P
 
 
 def can_convert(folder: Path) -> bool:
-    """Whether there are other engines than torch for a model: they read BERT alone."""
+    """Whether there are other engines than torch for a model: they read BERT and ensembles of it."""
     try:
-        return bool(read_json(folder / "config.json")["model_type"] == "bert")
+        config = read_json(folder / "config.json")
+        return all(member["model_type"] == "bert" for member in config.get("members", [config]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be read ({first_line(error)}); fetch it: `dvc checkout`") from error
 

@@ -6,9 +6,8 @@ commit that holds the parameters, metrics and dvc.lock of the run, so that DVC f
 
 import hashlib
 import io
-import os
+import logging
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from filelock import FileLock
 from sentiment.errors import RegistryError
 from sentiment.files import atomic
 from sentiment.logs import first_line
+from sentiment.repository import find_repository, git
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 ARTIFACT = "sentiment"
 MODEL = "models/sentiment"
 FIRST_VERSION = "v1.0.0"
-EXPERIMENTS = (".dvc", "tmp", "exps")
 PREDICTIONS = "data/predictions/test.parquet"
 COPIES = Path("models/registry/copies")  # of the tags of git URLs
 HOLDING_REF = "refs/sentiment/snapshot"
+UNFINISHED = "refs/sentiment/promotion"  # the version tag of a promotion, from before its tags are made until they are there
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:")  # https://…, ssh://…, file://…, git@host:owner/name
-GIT_SECONDS = 600
+
+
+log = logging.getLogger(__name__)
 
 
 class Version(NamedTuple):
@@ -46,41 +48,6 @@ class Version(NamedTuple):
     def tag(self) -> str:
         """The version's git tag."""
         return f"{ARTIFACT}@{self.name}"
-
-
-def git(folder: Path, *arguments: str, **environment: str) -> str:
-    """The output of a git command; raises RegistryError with git's own words where it fails, or after 10 minutes."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            env=os.environ | {"GIT_TERMINAL_PROMPT": "0"} | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=GIT_SECONDS,
-        )
-    except FileNotFoundError:
-        raise RegistryError("git is not installed, so no model can be promoted; install git") from None
-    except subprocess.TimeoutExpired:
-        raise RegistryError(f"git {arguments[0]} took more than {GIT_SECONDS} s; check the network and the address") from None
-    if done.returncode:
-        raise RegistryError(f"git {arguments[0]} failed ({done.stderr.strip() or done.returncode}); mend it and promote again")
-    return done.stdout.strip()
-
-
-def find_repository(folder: Path) -> Path:
-    """The root of the repository that keeps the tags: for a run of `dvc exp run --temp` or `--queue` the one it came from.
-
-    Raises RegistryError where there is none.
-    """
-    try:
-        root = Path(git(folder, "rev-parse", "--show-toplevel")).resolve()
-    except RegistryError as error:
-        raise RegistryError(f"{folder.resolve()} is in no git repository ({first_line(error)}); clone the project") from error
-    for parent in root.parents:
-        if parent.parts[-3:] == EXPERIMENTS:
-            return Path(*parent.parts[:-3])
-    return root
 
 
 class Registry:
@@ -204,11 +171,24 @@ class Registry:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Let one promotion at a time compare and tag."""
+        """Let one promotion at a time compare and tag, after taking back one that was killed half-way."""
         folder = self.root / ".dvc" / "tmp"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "promotion.lock"):
+            self.take_back()
             yield
+
+    def take_back(self) -> None:
+        """Remove the version of a promotion that was killed before it had its stage; nothing if there is none."""
+        unfinished = git(self.root, "for-each-ref", "--format=%(tag) %(*objectname)", UNFINISHED)
+        if not unfinished:
+            return
+        name, commit = unfinished.split()
+        turns = git(self.root, "for-each-ref", "--format=%(*objectname)", f"refs/tags/{ARTIFACT}#*").split()
+        if commit not in turns and git(self.root, "tag", "--list", name):
+            git(self.root, "update-ref", "-d", f"refs/tags/{name}")
+            log.warning("%s was left by a promotion that was killed, and is taken back", name)
+        git(self.root, "update-ref", "-d", UNFINISHED)
 
     def check_writable(self) -> None:
         """Raise RegistryError unless tags can be made here: a full clone, and a git identity."""
@@ -234,28 +214,35 @@ class Registry:
     def promote(self, workspace: Path, name: str, stage: str, message: str) -> str:
         """Register a snapshot of the workspace as version `name` and give it the stage; returns the stage's tag.
 
-        The workspace's branch, index and files stay as they are.
+        The workspace's branch, index and files stay as they are. Both tags are made in one transaction of git, and not one after
+        the other by gto, so that whoever kills it finds both or none; between the two instants in which git writes them,
+        `take_back` does the rest.
         """
-        import gto.api
-
         commit = self.snapshot(workspace, f"Snapshot for {ARTIFACT}@{name}\n\n{message}")
-        author, email = self.identity()
-        who = {"author": author, "author_email": email}
         self.wait_for_a_new_second()
-        gto.api.register(str(self.root), ARTIFACT, commit, version=name, message=message, **who)
-        gto.api.assign(str(self.root), ARTIFACT, stage, version=name, message=message, **who)
-        git(self.root, "update-ref", "-d", HOLDING_REF)
-        return self.stage_tag(stage)
+        tags = (f"{ARTIFACT}@{name}", self.next_turn(stage))
+        version, turn = (self.tag_object(tag, commit, message) for tag in tags)
+        made = [f"create refs/tags/{tag} {found}" for tag, found in zip(tags, (version, turn), strict=True)]
+        git(self.root, "update-ref", UNFINISHED, version)
+        git(self.root, "update-ref", "--stdin", given="\n".join(["start", *made, "prepare", "commit", ""]))
+        for done in (UNFINISHED, HOLDING_REF):
+            git(self.root, "update-ref", "-d", done)
+        return tags[1]
+
+    def tag_object(self, name: str, commit: str, message: str) -> str:
+        """An annotated tag that no reference names yet; returns its hash."""
+        tagger = git(self.root, "var", "GIT_COMMITTER_IDENT")
+        return git(self.root, "mktag", given=f"object {commit}\ntype commit\ntag {name}\ntagger {tagger}\n\n{message}\n")
+
+    def next_turn(self, stage: str) -> str:
+        """The tag of a stage's next turn, numbered as gto does it: one more than the highest of all stages."""
+        numbers = re.findall(r"#(\d+)$", git(self.root, "tag", "--list", f"{ARTIFACT}#*"), re.MULTILINE)
+        return f"{ARTIFACT}#{stage}#{max(map(int, numbers), default=0) + 1}"
 
     def identity(self) -> tuple[str, str]:
         """The name and the e-mail address that git signs with here."""
         name, email = git(self.root, "var", "GIT_COMMITTER_IDENT").rsplit(">", 1)[0].split(" <", 1)
         return name, email
-
-    def stage_tag(self, stage: str) -> str:
-        """The newest tag of a stage: sentiment#production#N with the highest N."""
-        tags = git(self.root, "tag", "--list", f"{ARTIFACT}#{stage}#*").split()
-        return max(tags, key=lambda tag: int(tag.rsplit("#", 1)[1]))
 
     def wait_for_a_new_second(self) -> None:
         """Git dates tags by the second, and gto and DVC order a stage's turns by date: let no two share one."""

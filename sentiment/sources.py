@@ -111,7 +111,7 @@ def parquet_tables(path: Path) -> Iterator[pa.Table]:
     """A Parquet file's rows in tables of up to 20,000, its own types kept, `source_line` added."""
     done = 0
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # or it would hold all that it has read
         for batch in file.iter_batches(CHUNK_ROWS):
             table = pa.Table.from_batches([batch])
             if LINE_COLUMN in table.column_names:

@@ -16,7 +16,8 @@ from sentiment import audit, params
 from sentiment.errors import DataError, RegistryError
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
-from sentiment.registry import Registry, find_repository
+from sentiment.registry import Registry
+from sentiment.repository import find_repository
 
 PREPARED = Path("data/prepared")
 DOUBTFUL = Path("data/doubtful")

@@ -38,8 +38,9 @@ def main() -> None:
     logits = classifier.token_logits(tokens, settings.evaluate.batch_tokens)
     speed = len(tokens) / (time.perf_counter() - start)
     values = calibration.probabilities(logits, classifier.inference.temperature)
+    before = calibration.probabilities(logits, 1.0)
     predictions, labels = classifier.decide(values), tokens.labels.astype(int)
-    scores = score(values, logits, predictions, labels, classifier.labels, settings.evaluate)
+    scores = score(values, before, predictions, labels, classifier.labels, settings.evaluate)
     reviews = pd.read_parquet(PREPARED)
     answers = table(reviews["review_id"], values, predictions, labels, classifier.labels)
     with atomic(PREDICTIONS) as part:
@@ -48,7 +49,7 @@ def main() -> None:
     parts = slices.table(reviews, answers, classifier.labels, rules.slices, rules.min_slice, rules.bootstrap)
     scores |= {"worst_slice_accuracy_high": round(float(parts["accuracy_high"].min()), 6)} if len(parts) else {}
     scores |= check(classifier, rules.checks)
-    for name, frame in {"slices": parts, **curves(values, predictions, labels, classifier.labels, rules)}.items():
+    for name, frame in {"slices": parts, **curves(values, before, predictions, labels, classifier.labels, rules)}.items():
         with atomic(PLOTS / f"{name}.csv") as part:
             frame.to_csv(part, index=False, float_format="%.6g")
     write_json(METRICS, scores | {"reviews_per_second": round(speed, 1)})
@@ -58,13 +59,13 @@ def main() -> None:
 
 
 def score(
-    values: np.ndarray, logits: np.ndarray, predictions: np.ndarray, labels: np.ndarray, names: list[str],
+    values: np.ndarray, before: np.ndarray, predictions: np.ndarray, labels: np.ndarray, names: list[str],
     settings: params.Evaluate,
 ) -> dict:  # fmt: skip
     """What metrics/test.json says: see sentiment/metrics.py for what each key means."""
     scores: dict = metrics.score(values, predictions, labels, names)
     scores |= metrics.intervals(predictions, labels, len(names), settings.bootstrap)
-    before = calibration.probabilities(logits, 1.0)
+    scores |= metrics.probability_intervals(values, labels, settings.calibration_bins, settings.bootstrap)
     error = metrics.expected_calibration_error
     scores["expected_calibration_error"] = error(values, labels, settings.calibration_bins)
     scores["expected_calibration_error_uncalibrated"] = error(before, labels, settings.calibration_bins)
@@ -80,9 +81,10 @@ def table(ids: pd.Series, values: np.ndarray, predictions: np.ndarray, labels: n
 
 
 def curves(
-    values: np.ndarray, predictions: np.ndarray, labels: np.ndarray, names: list[str], settings: params.Evaluate
-) -> dict[str, pd.DataFrame]:
-    """The plots' tables, thinned: one ROC and one precision-recall curve a class."""
+    values: np.ndarray, before: np.ndarray, predictions: np.ndarray, labels: np.ndarray, names: list[str],
+    settings: params.Evaluate,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """The plots' tables, thinned: one ROC and one precision-recall curve a class; reliability `before` calibration, too."""
     counts = pd.crosstab(labels, predictions).reindex(range(len(names)), fill_value=0)
     counts = counts.reindex(columns=range(len(names)), fill_value=0)
     confusion = [(names[i], names[k], int(counts.iloc[i, k])) for i in range(len(names)) for k in range(len(names))]
@@ -96,7 +98,10 @@ def curves(
         "confusion": pd.DataFrame(confusion, columns=["actual", "predicted", "reviews"]),
         "roc": pd.concat(roc),
         "precision_recall": pd.concat(precision_recall),
-        "calibration": pd.DataFrame(metrics.reliability(values, labels, settings.calibration_bins)),
+        "calibration": pd.concat(
+            pd.DataFrame(metrics.reliability(found, labels, settings.calibration_bins)).assign(probabilities=name)
+            for name, found in (("before calibration", before), ("calibrated", values))
+        ),
     }
 
 

@@ -26,6 +26,7 @@ PREPARED = Path("data/prepared")
 METRICS = Path("metrics/data.json")
 BALANCE = Path("metrics/plots/class_balance.csv")
 SPLITS = ("test", "validation", "train")  # the order in which copies of one text are kept
+ROW_GROUP = 20_000  # rows of a prepared file that are read into memory together
 OWN_COLUMNS = ["review_id", "text", "label", "rating", "split"]
 log = logging.getLogger("stages.prepare")
 
@@ -199,7 +200,7 @@ def write(reviews: pd.DataFrame, kept: pd.DataFrame, reasons: pd.Series, folder:
         frames = {name: kept.loc[kept["split"] == name, columns] for name in SPLITS}
         frames["rejected"] = reviews.assign(reason=reasons).loc[reasons.notna(), ["reason", *columns]]
         for name, frame in frames.items():
-            frame.to_parquet(part / f"{name}.parquet", index=False, compression="zstd")
+            frame.to_parquet(part / f"{name}.parquet", index=False, compression="zstd", row_group_size=ROW_GROUP)
 
 
 def balance(kept: pd.DataFrame, names: list[str]) -> pd.DataFrame:

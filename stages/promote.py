@@ -18,7 +18,8 @@ from sentiment.errors import ParamsError, RegistryError
 from sentiment.files import read_json, write_json
 from sentiment.gates import judge
 from sentiment.logs import run_stage
-from sentiment.registry import ARTIFACT, Registry, Version, find_repository
+from sentiment.registry import ARTIFACT, Registry, Version
+from sentiment.repository import find_repository
 
 SCORES = Path("metrics/test.json")
 PREDICTIONS = Path("data/predictions/test.parquet")
@@ -70,7 +71,7 @@ def decide(
     promoted = all(each["passed"] for each in gates)
     return {
         "verdict": "promoted" if promoted else "kept",
-        "reason": reason(gates, metric, value, rival, version, promoted),
+        "reason": reason(gates, metric, value, rival, version, promoted) + same(candidate, production, version),
         "metric": metric,
         "candidate": round(value, 6),
         "production": None if rival is None else round(rival, 6),
@@ -135,6 +136,18 @@ def reason(
     if version is None or rival is None:
         return f"nothing was in production, and {metric} is {value:.4f}"
     return f"{metric} {value:.4f} is better than {rival:.4f} of {version.name}"
+
+
+def same(candidate: pd.DataFrame, production: pd.DataFrame | None, version: Version | None) -> str:
+    """What is added to the reason where the candidate is the model in production: a promotion that ran again, for instance."""
+    if version is None or production is None or not answers(candidate).equals(answers(production)):
+        return ""
+    return f"; all its answers are those of {version.name}, which is in production"
+
+
+def answers(predictions: pd.DataFrame) -> pd.DataFrame:
+    """A table of predictions in the order of its reviews."""
+    return predictions.sort_values("review_id", ignore_index=True)
 
 
 def promote(registry: Registry, decision: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ PLOTS = Path("metrics/plots")
 CHECKS = Path("data/predictions/checks.parquet")
 REPORT = Path("metrics/report.html")
 TEMPLATE = "report.html.jinja"
-HEADLINE = ("accuracy", "f1", "f1_macro")
-ALONE = ("roc_auc", "pr_auc", "matthews", "loss", "expected_calibration_error", "expected_calibration_error_uncalibrated")
+HEADLINE = ("accuracy", "f1", "f1_macro", "roc_auc", "loss", "expected_calibration_error")
+ALONE = ("expected_calibration_error_uncalibrated", "pr_auc", "matthews")
 MOST_ERRORS, MOST_FAILURES = 20, 30
 SIZE = 240  # of a plot's square, in its own units
 log = logging.getLogger("stages.report")
@@ -101,11 +101,13 @@ def roc() -> dict[str, Any]:
 
 
 def calibration() -> dict[str, Any]:
-    """Accuracy by confidence, after calibration, as the places of a plot; each bin is as large as its share of the reviews."""
+    """Accuracy by confidence as the places of a plot: bins as large as their share of the reviews, hollow before calibration."""
     bins = pd.read_csv(PLOTS / "calibration.csv")
-    share = bins["reviews"] / bins["reviews"].sum()
-    dots = zip(places(bins["confidence"], bins["accuracy"]), (3 + 9 * share**0.5).round(1), strict=True)
-    return {"x": "confidence", "y": "accuracy", "dots": [(x, y, radius) for (x, y), radius in dots], "title": "Reliability"}
+    share = bins["reviews"] / bins.groupby("probabilities")["reviews"].transform("sum")
+    radius, before = (3 + 9 * share**0.5).round(1), bins["probabilities"] != "calibrated"
+    dots = zip(places(bins["confidence"], bins["accuracy"]), radius, before, strict=True)
+    facts = {"x": "confidence", "y": "accuracy", "title": "Reliability (hollow: before calibration)"}
+    return facts | {"dots": [(x, y, size, hollow) for (x, y), size, hollow in dots]}
 
 
 def places(x: pd.Series, y: pd.Series) -> list[tuple[float, float]]:

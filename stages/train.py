@@ -1,6 +1,7 @@
 """Fine-tune the classifier, keep its best epoch, and fit temperature and threshold on validation.
 
-From: data/tokens, metrics/data.json, and the weights of `model.checkpoint` (random ones if there is none)
+From: data/tokens, metrics/data.json, and the weights of `model.checkpoint` (random ones if there is none);
+      with train.ensemble, the models of other versions, experiments or revisions instead
 To:   models/sentiment (weights, tokenizer, inference.json, metadata.json, README.md), metrics/train (by DVCLive);
       models/checkpoint holds what an interrupted run resumes from, and goes when the run is done
 Run:  python -m stages.train, or accelerate launch -m stages.train
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from sentiment import calibration, card, checkpoint, metrics, params, training
+from sentiment import calibration, card, checkpoint, devices, members, metrics, params, training
 from sentiment.classifier import Classifier, Inference, pick_device
 from sentiment.files import atomic, read_json, remove, sha256, write_json
 from sentiment.live import recorder, show
@@ -41,6 +42,11 @@ def main() -> None:
     if not state.is_main_process:  # one of several devices: the first one speaks for all
         logging.getLogger("sentiment").setLevel(logging.WARNING)
         log.setLevel(logging.WARNING)
+    if settings.train.ensemble:
+        if state.is_main_process:
+            save_average(settings, settings.train.ensemble, started)
+        state.wait_for_everyone()
+        return
     splits = {name: Tokens.load(TOKENS / f"{name}.safetensors") for name in ("train", "validation")}
     tokenizer = load_tokenizer(TOKENS / "tokenizer", settings.tokenize.max_length)
     seed(settings.train.seed)
@@ -58,6 +64,20 @@ def main() -> None:
         save(model, splits["validation"], settings, result, started)
         remove(CHECKPOINT)
     state.wait_for_everyone()
+
+
+def save_average(settings: params.Params, names: list[str], started: datetime) -> None:
+    """Write the average of other models as if it had been trained: temperature and threshold are its own."""
+    data = read_json(DATA)
+    with members.fetched(names) as found, recorder(PartialState(), LIVE) as live:
+        members.check(found, settings, TOKENS / "tokenizer" / "tokenizer.json", data)
+        model = members.average(found, list(settings.prepare.labels))
+        log.info("the average of %s: %s parameters", ", ".join(names), f"{model.num_parameters():,}")
+        seconds = sum(read_json(member.folder / "metadata.json")["training_seconds"] for member in found)
+        result = training.Result([], 0, devices.describe(torch.device("cpu")), "fp32", seconds)
+        described = [member.describe() for member in found]
+        scores = save(model, Tokens.load(TOKENS / "validation.safetensors"), settings, result, started, described)
+        show(live, 0, {f"validation/{name}": scores[name] for name in training.SHOWN})
 
 
 def describe(model: Any, splits: dict[str, Tokens], settings: params.Params) -> None:
@@ -87,8 +107,14 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def save(model: Any, validation: Tokens, settings: params.Params, result: training.Result, started: datetime) -> None:
-    """Write the model folder, whole or not at all: weights, tokenizer, what was fitted on validation, metadata, card."""
+def save(
+    model: Any, validation: Tokens, settings: params.Params, result: training.Result, started: datetime,
+    averaged: list[dict[str, str]] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Write the model folder, whole or not at all: weights, tokenizer, what was fitted on validation, metadata, card.
+
+    Returns the scores on validation.
+    """
     with atomic(MODEL) as part:
         model.save_pretrained(part)
         for path in sorted((TOKENS / "tokenizer").iterdir()):
@@ -99,10 +125,12 @@ def save(model: Any, validation: Tokens, settings: params.Params, result: traini
         inference.save(part)
         metadata = describe_run(settings, result, scores, started) | {
             "parameters_count": model.num_parameters(),
+            "members": averaged,
         }
         write_json(part / "metadata.json", metadata)
         (part / "README.md").write_text(card.write(metadata), encoding="utf-8")
     log.info("validation, calibrated: macro-F1 %.4f, loss %.4f", scores["f1_macro"], scores["loss"])
+    return scores
 
 
 def fit(classifier: Classifier, validation: Tokens, settings: params.Params) -> tuple[dict[str, float], Inference]:

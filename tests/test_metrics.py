@@ -129,6 +129,32 @@ def test_intervals_hold_the_point_and_agree_with_resampled_rows(classes):
     assert found == metrics.intervals(predictions, labels, classes, 4000)
 
 
+def test_intervals_of_probabilities_agree_with_resampled_rows():
+    values, labels = draw(2)
+    of_class = [np.flatnonzero(labels == k) for k in range(2)]
+    rng, samples = np.random.default_rng(11), []
+    for _ in range(2000):
+        rows = np.concatenate([rng.choice(members, len(members)) for members in of_class])
+        area = roc_auc_score(labels[rows], values[rows, 1])
+        error = metrics.expected_calibration_error(values[rows], labels[rows], 10)
+        samples.append((area, metrics.negative_log_likelihood(values[rows], labels[rows]), error))
+    low, high = np.percentile(samples, [2.5, 97.5], axis=0)
+    found = metrics.probability_intervals(values, labels, 10, 4000)
+    for k, name in enumerate(("roc_auc", "loss", "expected_calibration_error")):
+        width = high[k] - low[k]
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((low[k], high[k]), abs=0.12 * width)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_intervals_of_probabilities_hold_the_point(classes):
+    values, labels = draw(classes)
+    scores = metrics.score(values, values.argmax(axis=1), labels, NAMES[classes])
+    found = metrics.probability_intervals(values, labels, 10, 1000)
+    assert found["roc_auc_low"] < scores["roc_auc"] < found["roc_auc_high"] < 1
+    assert found["loss_low"] < scores["loss"] < found["loss_high"]
+    assert found == metrics.probability_intervals(values, labels, 10, 1000)
+
+
 def test_where_all_is_right_the_interval_is_a_point():
     labels = np.array([0] * 20 + [1] * 30)
     assert set(metrics.intervals(labels, labels, 2, 100).values()) == {1.0}

@@ -1,5 +1,6 @@
 """What the promote stage decides, and what it leaves behind when it decides in a run of `dvc repro` or `dvc exp run`."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from sentiment import checkpoint, params
+from sentiment import checkpoint, params, registry
 from sentiment.classifier import Classifier, Inference
 from sentiment.errors import ParamsError
 from sentiment.registry import Registry
@@ -250,3 +251,68 @@ def test_the_decision_and_the_tag_list_each_gate_with_value_bound_and_verdict(re
     told = repository.git("tag", "--list", "--format=%(contents)", "sentiment#production#2")
     for each in gates:
         assert f"{each['gate']}: {each['value']:.4f} (bound {each['bound']:.4f}), passed" in told
+
+
+class Killed(BaseException):
+    """What stands for a kill."""
+
+
+def kill_at(monkeypatch, number):
+    """Let the process be killed where it calls git for the `number`-th time from here; returns what counts the calls."""
+    calls, run = [], registry.git
+
+    def git(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise Killed
+        return run(*arguments, **named)
+
+    monkeypatch.setattr(registry, "git", git)
+    return calls
+
+
+def test_killed_at_any_moment_there_is_a_whole_promotion_or_none(repository, candidate, monkeypatch):
+    candidate(repository, train__lr=0.9)
+    outcomes = []
+    for number in range(1, 100):
+        with monkeypatch.context() as patch:
+            calls = kill_at(patch, number)
+            with contextlib.suppress(Killed):
+                promote.main()
+        if len(calls) < number:
+            break
+        with Registry(repository.path).lock():
+            pass
+        assert repository.tags() in (V1, V2)
+        assert f1_in_production(repository) == (0.8 if repository.tags() == V1 else 0.9)
+        outcomes.append(repository.tags() == V2)
+        if outcomes[-1]:
+            repository.git("tag", "--delete", *(V2 - V1))
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {False, True}
+
+
+def test_a_version_that_a_kill_left_without_its_stage_is_taken_back(repository, candidate):
+    repository.git("tag", "--annotate", "--message", "pela metade", "sentiment@v1.1.0", "HEAD")
+    repository.git("update-ref", registry.UNFINISHED, "sentiment@v1.1.0")
+    decision = decide(candidate(repository, train__lr=0.9))
+    assert decision["version"] == "v1.1.0"
+    assert repository.tags() == V2
+    assert repository.git("for-each-ref", "refs/sentiment") == ""
+
+
+def test_a_version_that_somebody_registered_by_hand_stays(repository, candidate):
+    repository.git("tag", "--annotate", "--message", "à mão", "sentiment@v1.1.0", "HEAD")
+    assert decide(candidate(repository, train__lr=0.9))["version"] == "v1.2.0"
+
+
+def test_where_all_tags_were_deleted_promotion_begins_anew(repository, candidate):
+    repository.git("tag", "--delete", *V1)
+    decision = decide(candidate(repository, train__lr=0.7))
+    assert (decision["verdict"], decision["production"]) == ("promoted", None)
+    assert repository.tags() == V1
+
+
+def test_a_promotion_that_runs_again_says_that_the_model_is_in_production(repository):
+    repository.run("dvc", "repro", "--force", "--single-item", "promote")
+    assert repository.decision()["reason"].endswith("all its answers are those of v1.0.0, which is in production")

@@ -8,7 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from sentiment.errors import RegistryError
-from sentiment.registry import Registry, Version, find_repository, resolve
+from sentiment.registry import Registry, Version, resolve
+from sentiment.repository import find_repository
 from stages import promote
 
 WEIGHTS = "models/sentiment/weights.txt"
