@@ -131,6 +131,10 @@ class Train(Steps):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
 
 
+class CrossValidation(Section):
+    folds: Annotated[int, Field(ge=2)] | None
+
+
 class Evaluate(Section):
     batch_tokens: Count
     curve_points: Annotated[int, Field(ge=2, le=2000)]
@@ -167,6 +171,7 @@ class Params(Section):
     tokenize: Tokenize
     model: Model
     train: Train
+    cross_validation: CrossValidation
     evaluate: Evaluate
     promote: Promote
 

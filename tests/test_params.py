@@ -67,6 +67,7 @@ def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, written):
         ("prepare.labels", {"ruim": ["um"], "bom": [5]}, ["prepare.labels.ruim", "'um'"]),
         ("prepare.test", 0.85, ["validation and test together"]),
         ("model.heads", 3, ["hidden_size (256)", "heads (3)"]),
+        ("cross_validation.folds", 1, ["cross_validation.folds", "greater than or equal to 2", "1"]),
         ("promote.stage", "Produção", ["promote.stage", "'Produção'"]),
     ],
 )
