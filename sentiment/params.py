@@ -132,6 +132,10 @@ class Train(Steps):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
 
 
+class CrossValidation(Section):
+    folds: Annotated[int, Field(ge=2)] | None
+
+
 class Evaluate(Section):
     batch_tokens: Count
     curve_points: Annotated[int, Field(ge=2, le=2000)]
@@ -168,6 +172,7 @@ class Params(Section):
     tokenize: Tokenize
     model: Model
     train: Train
+    cross_validation: CrossValidation
     evaluate: Evaluate
     promote: Promote
 
@@ -176,6 +181,12 @@ class Params(Section):
         weights = self.train.class_weights
         if isinstance(weights, dict) and set(weights) != set(self.prepare.labels):
             raise ValueError(f"train.class_weights must give a number to each of {', '.join(self.prepare.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def what_is_averaged_is_not_cross_validated(self) -> "Params":
+        if self.train.ensemble and self.cross_validation.folds:
+            raise ValueError("train.ensemble trains no model that cross_validation.folds could train anew; set one of them to null")
         return self
 
     @model_validator(mode="after")

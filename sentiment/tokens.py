@@ -47,6 +47,10 @@ class Tokens:
         np.cumsum(self.lengths, out=offsets[1:])
         return offsets
 
+    def where(self, chosen: np.ndarray) -> "Tokens":
+        """The chosen reviews, bool [reviews], in their order."""
+        return Tokens(self.input_ids[np.repeat(chosen, self.lengths)], self.lengths[chosen], self.labels[chosen])
+
     def save(self, path: Path) -> None:
         """Write the split's file."""
         with Writer(path, self.input_ids.dtype) as file:
@@ -65,6 +69,12 @@ class Tokens:
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); run `dvc repro tokenize`") from error
         return cls(arrays["input_ids"], arrays["lengths"].astype(np.int64), arrays["labels"])
+
+
+def joined(splits: Iterable[Tokens]) -> Tokens:
+    """The reviews of several splits, one split after the other."""
+    columns = zip(*((each.input_ids, each.lengths, each.labels) for each in splits), strict=True)
+    return Tokens(*(np.concatenate(column) for column in columns))
 
 
 def mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:

@@ -1,12 +1,17 @@
 """Fine-tuning a classifier: weighted cross-entropy, validated each epoch, the best epoch by validation F1 kept."""
 
+import hashlib
+import importlib.metadata
+import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -17,14 +22,31 @@ from sentiment.classifier import logits
 from sentiment.devices import describe
 from sentiment.errors import TrainingError
 from sentiment.feed import Feed, forward
-from sentiment.files import atomic
+from sentiment.files import atomic, sha256
 from sentiment.loop import LogMetrics, Loop, Progress, accelerator_for
-from sentiment.params import Train
+from sentiment.params import Params, Train
 from sentiment.tokens import Tokens
 
 VALIDATION_TOKENS = 8192
 SHOWN = ("loss", "accuracy", "f1", "f1_macro", "roc_auc")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 log = logging.getLogger(__name__)
+
+
+def fingerprint(settings: Params, files: Iterable[Path], *more: Any) -> str:
+    """What decides a run's result: parameters, files (data and the stage's code), our code, versions, devices; and what else."""
+    parts: list[Any] = [settings.model.model_dump(), settings.train.model_dump(), list(settings.prepare.labels), *more]
+    parts += [sha256(path) for path in sorted([*files, *Path(__file__).parent.glob("*.py")])]
+    if settings.model.checkpoint and Path(settings.model.checkpoint).is_dir():
+        found = sorted(path for path in Path(settings.model.checkpoint).iterdir() if path.is_file())
+        parts += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    parts += [versions(), str(PartialState().device), PartialState().num_processes, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that the result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 class Result(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from sentiment import compare, comparison, params
+from sentiment import compare, comparison, folds, params
 from sentiment.errors import ProjectError
 from sentiment.files import atomic, read_json
 from sentiment.logs import run_stage
@@ -41,6 +41,7 @@ def main() -> None:
         scores=scores(read_json(METRICS / "test.json")),
         decision=decision,
         against=against(answers, decision.get("production_version")),
+        folds=of_folds(),
         slices=pd.read_csv(PLOTS / "slices.csv").to_dict("records"),
         checks=read_json(METRICS / "checks.json"),
         failures=failures(pd.read_parquet(CHECKS)),
@@ -81,6 +82,12 @@ def against(answers: pd.DataFrame, version: str | None) -> dict[str, Any] | None
     sure = [row.low > 0 or row.high < 0 for row in rows]
     facts = {"version": version, "header": compare.HEADER, "reviews": len(of.labels), "mcnemar": test}
     return facts | {"rows": list(zip(cells, sure, strict=True))}
+
+
+def of_folds() -> dict[str, Any]:
+    """The scores of cross-validation, by fold and together; no rows where it was off."""
+    rows = pd.read_csv(PLOTS / "folds.csv").to_dict("records")
+    return {"names": folds.METRICS, "rows": rows, "together": read_json(METRICS / "cross_validation.json")}
 
 
 def failures(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -7,21 +7,16 @@ To:   models/sentiment (weights, tokenizer, inference.json, metadata.json, READM
 Run:  python -m stages.train, or accelerate launch -m stages.train
 """
 
-import hashlib
-import importlib.metadata
-import json
 import logging
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
-from sentiment import calibration, card, checkpoint, devices, members, metrics, params, training
-from sentiment.classifier import Classifier, Inference, pick_device
-from sentiment.files import atomic, read_json, remove, sha256, write_json
+from sentiment import card, checkpoint, devices, fitting, members, params, training
+from sentiment.classifier import pick_device
+from sentiment.files import atomic, read_json, remove, write_json
 from sentiment.live import recorder, show
 from sentiment.logs import run_stage, timed
 from sentiment.loop import seed
@@ -32,7 +27,6 @@ DATA = Path("metrics/data.json")
 MODEL = Path("models/sentiment")
 CHECKPOINT = Path("models/checkpoint")
 LIVE = Path("metrics/train")
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 log = logging.getLogger("stages.train")
 
 
@@ -74,7 +68,7 @@ def save_average(settings: params.Params, names: list[str], started: datetime) -
         model = members.average(found, list(settings.prepare.labels))
         log.info("the average of %s: %s parameters", ", ".join(names), f"{model.num_parameters():,}")
         seconds = sum(read_json(member.folder / "metadata.json")["training_seconds"] for member in found)
-        result = training.Result([], 0, devices.describe(torch.device("cpu")), "fp32", seconds)
+        result = training.Result([], 0, devices.describe(pick_device("cpu")), "fp32", seconds)
         described = [member.describe() for member in found]
         scores = save(model, Tokens.load(TOKENS / "validation.safetensors"), settings, result, started, described)
         show(live, 0, {f"validation/{name}": scores[name] for name in training.SHOWN})
@@ -91,20 +85,8 @@ def describe(model: Any, splits: dict[str, Tokens], settings: params.Params) -> 
 
 
 def fingerprint(settings: params.Params) -> str:
-    """What decides a run's result: parameters, data, code, versions, and how many devices share it."""
-    parts: list[Any] = [settings.model.model_dump(), settings.train.model_dump(), list(settings.prepare.labels)]
-    parts += [sha256(path) for path in sorted(TOKENS.rglob("*")) if path.is_file()]
-    parts += [sha256(path) for path in sorted([Path(__file__), *Path(training.__file__).parent.glob("*.py")])]
-    if settings.model.checkpoint and Path(settings.model.checkpoint).is_dir():
-        files = sorted(path for path in Path(settings.model.checkpoint).iterdir() if path.is_file())
-        parts += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    parts += [versions(), str(PartialState().device), PartialState().num_processes, torch.get_num_threads()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that the result depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """What decides a run's result: see training.fingerprint."""
+    return training.fingerprint(settings, [Path(__file__), *(path for path in TOKENS.rglob("*") if path.is_file())])
 
 
 def save(
@@ -116,13 +98,7 @@ def save(
     Returns the scores on validation.
     """
     with atomic(MODEL) as part:
-        model.save_pretrained(part)
-        for path in sorted((TOKENS / "tokenizer").iterdir()):
-            shutil.copyfile(path, part / path.name)
-        fixed = (settings.tokenize.max_length, settings.prepare.lowercase, settings.prepare.text)
-        Inference(*fixed, temperature=1.0, threshold=None).save(part)
-        scores, inference = fit(Classifier.load(part, settings.train.device), validation, settings)
-        inference.save(part)
+        _, scores = fitting.save(model, TOKENS / "tokenizer", validation, settings, part)
         metadata = describe_run(settings, result, scores, started) | {
             "parameters_count": model.num_parameters(),
             "members": averaged,
@@ -131,19 +107,6 @@ def save(
         (part / "README.md").write_text(card.write(metadata), encoding="utf-8")
     log.info("validation, calibrated: macro-F1 %.4f, loss %.4f", scores["f1_macro"], scores["loss"])
     return scores
-
-
-def fit(classifier: Classifier, validation: Tokens, settings: params.Params) -> tuple[dict[str, float], Inference]:
-    """Temperature and threshold for the model, and its scores on validation with them."""
-    labels = validation.labels.astype(int)
-    raw = classifier.token_logits(validation, settings.evaluate.batch_tokens)
-    temperature = calibration.fit_temperature(raw, labels)
-    values = calibration.probabilities(raw, temperature)
-    threshold = calibration.fit_threshold(values, labels)
-    log.info("fitted on validation: temperature %.3f, threshold %s", temperature, threshold)
-    scores = metrics.score(values, calibration.decide(values, threshold), labels, classifier.labels)
-    fixed = classifier.inference
-    return scores, Inference(fixed.max_length, fixed.lowercase, fixed.text, temperature, threshold)
 
 
 def describe_run(settings: params.Params, result: training.Result, scores: dict[str, float], started: datetime) -> dict[str, Any]:
@@ -164,7 +127,7 @@ def describe_run(settings: params.Params, result: training.Result, scores: dict[
         "history": result.history,
         "device": result.device,
         "precision": result.precision,
-        "versions": versions(),
+        "versions": training.versions(),
         "params": settings.model_dump(),
     }
 

@@ -67,6 +67,7 @@ def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, written):
         ("prepare.labels", {"ruim": ["um"], "bom": [5]}, ["prepare.labels.ruim", "'um'"]),
         ("prepare.test", 0.85, ["validation and test together"]),
         ("model.heads", 3, ["hidden_size (256)", "heads (3)"]),
+        ("cross_validation.folds", 1, ["cross_validation.folds", "greater than or equal to 2", "1"]),
         ("promote.stage", "Produção", ["promote.stage", "'Produção'"]),
     ],
 )
@@ -120,3 +121,10 @@ def test_a_file_that_holds_no_parameters_is_refused(tmp_path, content, words):
 def test_a_missing_file_says_where_to_run(tmp_path):
     with pytest.raises(ParamsError, match="run from the repository's root"):
         params.load(tmp_path / "params.yaml")
+
+
+def test_what_is_averaged_is_not_cross_validated():
+    values = changed("train.ensemble", ["v1.0.0", "v1.1.0"])
+    values["cross_validation"]["folds"] = 5
+    with pytest.raises(ParamsError, match=r"train.ensemble trains no model.*set one of them to null"):
+        params.check(values)

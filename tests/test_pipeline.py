@@ -1,13 +1,15 @@
 """The whole pipeline by `dvc repro` and `dvc exp run`, with a tiny model and a small source."""
 
+import csv
 import html
+import io
 import json
 
 import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-STAGES = ["download", "prepare", "audit", "tokenize", "train", "evaluate", "promote", "report"]
+STAGES = ["download", "prepare", "audit", "tokenize", "train", "cross_validate", "evaluate", "promote", "report"]
 UP_TO_DATE = "Data and pipelines are up to date."
 
 
@@ -52,7 +54,7 @@ def test_a_run_leaves_no_file_that_git_neither_tracks_nor_ignores(trained_projec
 def test_every_metrics_file_is_there_and_metrics_stay_small(trained_project):
     stages = pipeline(trained_project)["stages"].values()
     names = [name for stage in stages for each in stage.get("metrics", []) for name in each]
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         assert json.loads((trained_project.path / name).read_text(encoding="utf-8"))
     assert sum(map(len, files(trained_project.path / "metrics").values())) < 200_000
@@ -64,7 +66,7 @@ def test_every_plot_is_drawn_from_data_that_is_there(trained):
     page = (trained.path / "drawn" / "index.html").read_text(encoding="utf-8")
     plots = pipeline(trained)["plots"]
     assert "failed" not in done.stderr.lower()
-    assert len(plots) == 9
+    assert len(plots) == 10
     for plot in plots:
         (name,) = plot
         assert f'"{name}"' in page
@@ -132,3 +134,20 @@ def test_the_report_opens_offline_and_shows_texts_only_when_asked_to(trained):
     trained.run("dvc", "repro", "--single-item", "report")
     page = html.unescape((trained.path / "metrics" / "report.html").read_text(encoding="utf-8"))
     assert any(text in page for text in texts)
+
+
+@pytest.mark.slow
+def test_folds_are_a_row_of_the_experiments_and_a_section_of_the_report(trained):
+    settings = [f"--set-param={value}" for value in ("cross_validation.folds=2", "train.epochs=1")]
+    trained.run("dvc", "exp", "run", "--name", "two-folds", *settings, "cross_validate")
+    shown = trained.run("dvc", "exp", "show", "--csv").stdout
+    row = next(row for row in csv.DictReader(io.StringIO(shown)) if row["Experiment"] == "two-folds")
+    found = json.loads((trained.path / "metrics" / "cross_validation.json").read_text(encoding="utf-8"))
+    assert row["cross_validation.folds"] == "2"
+    assert float(row["f1_macro_mean"]) == found["f1_macro_mean"] > 0
+    assert float(row["f1_macro_deviation"]) == found["f1_macro_deviation"] > 0
+    assert "Cross-validation" not in (trained.path / "metrics" / "report.html").read_text(encoding="utf-8")
+    trained.run("dvc", "repro", "--single-item", "report")
+    page = (trained.path / "metrics" / "report.html").read_text(encoding="utf-8")
+    assert "Cross-validation" in page
+    assert f"<td>{found['f1_macro_mean']:.4f}</td>" in page

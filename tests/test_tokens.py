@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from sentiment import tokens
 from sentiment.checkpoint import save_word_piece, word_piece
 from sentiment.errors import CheckpointError, DataError
-from sentiment.tokens import Tokens, Writer, encode, encode_chunks, load_tokenizer, ragged
+from sentiment.tokens import Tokens, Writer, encode, encode_chunks, joined, load_tokenizer, ragged
 from stages.tokenize import histogram, percentile, write
 
 TEXTS = [
@@ -43,6 +43,16 @@ def test_what_is_saved_is_loaded_again(tmp_path, vocab_size):
     assert after.labels.tolist() == LABELS.tolist()
     assert after.lengths.tolist() == [3, 2, 6]
     assert len(after) == 3
+
+
+def test_splits_are_joined_and_reviews_are_chosen_in_their_order():
+    whole = joined([ragged(ROWS[:1], LABELS[:1], 300), ragged(ROWS[1:], LABELS[1:], 300)])
+    some = whole.where(np.array([True, False, True]))
+    for made, kept in ((whole, [0, 1, 2]), (some, [0, 2])):
+        expected = ragged([ROWS[k] for k in kept], LABELS[kept], 300)
+        for name in ("input_ids", "lengths", "labels"):
+            assert getattr(made, name).dtype == getattr(expected, name).dtype
+            assert getattr(made, name).tolist() == getattr(expected, name).tolist()
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
