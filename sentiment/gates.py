@@ -23,9 +23,9 @@ def judge(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """All gates that are on, in the order in which a reason is looked for.
 
-    `candidate` and `production` are predictions for the same reviews (see sentiment/comparison.py), `kinds` the groups of the
-    candidate's reviews by slice (see sentiment/slices.py), in its order; `scores` is what
-    metrics/test.json says, `data` what metrics/data.json says, `model` the model's folder.
+    `candidate` and `production` are predictions (see sentiment/comparison.py), those of production for the same reviews, or for
+    those of them that are to be compared on; `kinds` the groups of the candidate's reviews by slice, in its order; `scores` is
+    what metrics/test.json says, `data` what metrics/data.json says, `model` the model's folder.
     """
     return [
         *of_quality(candidate, scores, names, rules),
@@ -57,6 +57,8 @@ def against(
     candidate: pd.DataFrame, production: pd.DataFrame, kinds: dict[str, pd.Series], names: list[str], rules: Promote
 ) -> Iterator[dict[str, Any]]:
     """The gain over production, how sure it is that there is one, and whether it is paid for by a part of the reviews."""
+    chosen = candidate["review_id"].isin(production["review_id"]).to_numpy()
+    candidate, kinds = candidate[chosen], {name: of[chosen] for name, of in kinds.items()}
     gain = metrics.rescore(candidate, names)[rules.metric] - metrics.rescore(production, names)[rules.metric]
     yield above(f"{rules.metric} gained over production, above promote.min_delta", gain, rules.min_delta)
     if rules.confidence is not None:

@@ -186,7 +186,9 @@ class Params(Section):
     @model_validator(mode="after")
     def what_is_averaged_is_not_cross_validated(self) -> "Params":
         if self.train.ensemble and self.cross_validation.folds:
-            raise ValueError("train.ensemble trains no model that cross_validation.folds could train anew; set one of them to null")
+            raise ValueError(
+                "train.ensemble trains no model that cross_validation.folds could train anew; set one of them to null"
+            )
         return self
 
     @model_validator(mode="after")

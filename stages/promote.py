@@ -65,7 +65,8 @@ def decide(
     version = registry.in_stage(rules.stage)
     production, compared_on = production_answers(registry, version, candidate, names) if version else (None, None)
     rival = None if production is None else metrics.rescore(production, names)[metric]
-    value = metrics.rescore(candidate, names)[metric]
+    compared = candidate if production is None else candidate[candidate["review_id"].isin(production["review_id"])]
+    value = metrics.rescore(compared, names)[metric]
     data = read_json(DATA) if rules.known_data else {}
     gates = judge(candidate, production, kinds(candidate, settings), scores, data, MODEL, names, rules)
     promoted = all(each["passed"] for each in gates)
@@ -77,7 +78,7 @@ def decide(
         "production": None if rival is None else round(rival, 6),
         "production_version": version.name if version else None,
         "compared_on": compared_on,
-        "test_reviews": len(candidate),
+        "test_reviews": len(compared),
         "gates": gates,
         "version": registry.next_version() if promoted else None,
     }
@@ -110,7 +111,23 @@ def production_answers(
     if same[0].shape == same[1].shape and (same[0] == same[1]).all():
         return stored, "predictions stored with the production model"
     log.info("%s was tested on other reviews: it is scored on this test split", version.tag)
-    return predict(registry.folder(version), candidate, names), "production model scored on this test"
+    unseen = candidate[~candidate["review_id"].isin(learnt(registry, version))]
+    if unseen.empty:
+        raise RegistryError(
+            f"{version.tag} in production has learnt from all of these test reviews, so that nothing fair is left to compare on; "
+            f"take back the change of prepare.test or prepare.group, or give this model another promote.stage"
+        )
+    answered = predict(registry.folder(version), unseen, names)
+    if left_out := len(candidate) - len(unseen):
+        log.warning("%d of %d test reviews are left out: %s has learnt from them", left_out, len(candidate), version.tag)
+        return answered, f"production model scored on {len(unseen)} reviews of this test; it has learnt from the other {left_out}"
+    return answered, "production model scored on this test"
+
+
+def learnt(registry: Registry, version: Version) -> "pd.Series[Any]":
+    """The review_id of what a version was trained and fitted on; raises RegistryError if that is not to be had."""
+    parts = [registry.read(version, f"data/prepared/{split}.parquet") for split in ("train", "validation")]
+    return pd.concat(pd.read_parquet(io.BytesIO(part), columns=["review_id"])["review_id"] for part in parts)
 
 
 def predict(folder: Path, candidate: pd.DataFrame, names: list[str]) -> pd.DataFrame:

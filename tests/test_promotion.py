@@ -106,26 +106,53 @@ def test_the_same_test_reviews_are_compared_by_the_stored_predictions(repository
     assert decision["production"] == 0.8
 
 
-def test_on_other_test_reviews_the_production_model_is_scored(empty, candidate):
+@pytest.fixture(scope="module")
+def real(pretended, tmp_path_factory, copy_of):
+    """A repository whose model in production is a tiny real one, with a threshold at which it tells both classes. Copy it."""
+    repository = copy_of(pretended, tmp_path_factory.mktemp("real") / "repository")
     texts = ["negativo ruim produto", "positivo bom produto", "um produto bom", "um produto ruim"] * 5
     tokenizer = checkpoint.word_piece(texts, 200)
     sizes = {"hidden_size": 8, "layers": 1, "heads": 2, "intermediate_size": 8}
-    model_settings = params.load(empty.path / "params.yaml").model.model_copy(update=sizes)
+    model_settings = params.load(repository.path / "params.yaml").model.model_copy(update=sizes)
     model = checkpoint.load_model(model_settings, ["negativo", "positivo"], tokenizer, 16)
-    folder = empty.path / "weights"
+    folder = repository.path / "weights"
     model.save_pretrained(folder)
     checkpoint.save_word_piece(tokenizer, folder)
     chance = Classifier.load(save_inference(folder, None), "cpu").probabilities([f"positivo produto {k}" for k in range(40)])
     save_inference(folder, float(np.median(chance[:, 1])))
-    empty.commit()
-    empty.run("dvc", "repro")
-    repository = candidate(empty, prepare__test=0.3, train__lr=0.9)
+    repository.commit()
+    repository.run("dvc", "repro")
+    return repository
+
+
+def test_on_other_test_reviews_the_production_model_is_scored(real, tmp_path, copy_of, candidate):
+    repository = candidate(copy_of(real, tmp_path / "repository"), prepare__test=0.3, train__lr=0.9)
     decision = decide(repository)
     reviews = pd.read_parquet("data/prepared/test.parquet")
-    classifier = Classifier.load(folder, "cpu")
+    classifier = Classifier.load(repository.path / "weights", "cpu")
     said = classifier.decide(classifier.probabilities(reviews["text"].tolist()))
     assert decision["compared_on"] == "production model scored on this test"
     assert decision["production"] == pytest.approx(f1_score(reviews["label"], said, average="macro"), abs=1e-6)
+
+
+def test_reviews_that_the_production_model_has_learnt_from_are_left_out(real, tmp_path, copy_of, candidate):
+    repository = candidate(copy_of(real, tmp_path / "repository"), prepare__test=0.4, train__lr=0.9)
+    decision = decide(repository)
+    assert decision["compared_on"] == "production model scored on 60 reviews of this test; it has learnt from the other 20"
+    assert decision["test_reviews"] == 60
+    answers = pd.read_parquet("data/predictions/test.parquet")
+    left = answers[~answers["review_id"].str.fullmatch(r"0\.4-\w+-\d")]
+    assert decision["candidate"] == pytest.approx(f1_score(left["label"], left["prediction"], average="macro"), abs=1e-6)
+
+
+def test_a_production_model_that_has_learnt_from_all_test_reviews_blocks_a_promotion(real, tmp_path, copy_of, candidate):
+    repository = candidate(copy_of(real, tmp_path / "repository"), prepare__test=0.4, train__lr=0.9)
+    for name in ("data/predictions/test.parquet", "data/prepared/test.parquet"):
+        frame = pd.read_parquet(name)
+        frame[frame["review_id"].str.fullmatch(r"0\.4-\w+-\d")].to_parquet(name)
+    decision = decide(repository)
+    assert decision["verdict"] == "blocked"
+    assert "has learnt from all of these test reviews" in decision["reason"]
 
 
 def save_inference(folder, threshold):
