@@ -6,7 +6,7 @@ B2W := https://raw.githubusercontent.com/americanas-tech/b2w-reviews01/4639429ec
 BERTIMBAU := neuralmind/bert-base-portuguese-cased
 BERTIMBAU_REVISION := 94d69c95f98f7d5b2a8700c420230ae10def0baa
 
-.PHONY: help repro serve test lint b2w bench
+.PHONY: help repro serve test lint b2w tune bench
 help:  ## list the targets
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -30,6 +30,9 @@ lint: .venv/dev-installed  ## run the linters
 
 b2w: .venv/installed  ## the whole B2W corpus with BERTimbau, as an experiment; a GPU if there is one
 	dvc exp run -S download.source=$(B2W) -S download.licence=CC-BY-NC-SA-4.0 -S model.checkpoint=$(BERTIMBAU) -S model.revision=$(BERTIMBAU_REVISION) -S train.lr=3e-5 -S train.epochs=3 -S train.batch_tokens=4096 -S train.checkpoint_every=1000 -S train.log_every=100
+
+tune: .venv/installed  ## search for parameters: each trial an experiment, scored on validation; goes on where it was stopped
+	python -m sentiment.tune
 
 bench: .venv/installed  ## TF-IDF with logistic regression on the prepared reviews, the baseline to beat
 	python -m bench.baseline

@@ -23,3 +23,7 @@ class TrainingError(ProjectError):
 
 class RegistryError(ProjectError):
     """Git, the tags or the cache do not hold what was asked of them."""
+
+
+class TuneError(ProjectError):
+    """A search for parameters cannot begin or cannot go on."""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from sentiment.errors import ParamsError
@@ -163,6 +163,35 @@ class Promote(Section):
     known_data: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None
 
 
+class Range(Section):
+    """Values from `low` to `high`, whole numbers if both are; `log`: as likely between 1e-5 and 1e-4 as between 1e-4 and 1e-3."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def goes_up(self) -> "Range":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("must go from low up to high, from above 0 if log is true")
+        return self
+
+
+Choices = Annotated[list[bool | int | float | str | None], Field(min_length=2)]
+Searched = Annotated[
+    Annotated[Choices, Tag("list")] | Annotated[Range, Tag("dict")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "dict"),
+]
+
+
+class Tune(Section):
+    trials: Count
+    jobs: Count
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    prune_after: Count | None
+    space: Annotated[dict[Text, Searched], Field(min_length=1)]
+
+
 class Params(Section):
     """All of params.yaml; one attribute a section."""
 
@@ -175,6 +204,7 @@ class Params(Section):
     cross_validation: CrossValidation
     evaluate: Evaluate
     promote: Promote
+    tune: Tune
 
     @model_validator(mode="after")
     def class_weights_name_the_classes(self) -> "Params":
@@ -234,7 +264,7 @@ def check(values: dict[str, Any], path: str = "params.yaml", kind: type[Kind] = 
 
 def sentence(problem: dict[str, Any]) -> str:
     """One of pydantic's findings in the words of a user of params.yaml: `train.lr must be greater than 0 (it is -1)`."""
-    names = [str(part) for part in problem["loc"] if not re.search(r"[\[(]|^(str|dict|float|int|literal)$", str(part))]
+    names = [str(part) for part in problem["loc"] if not re.search(r"[\[(]|^(str|dict|list|float|int|literal)$", str(part))]
     key, message = ".".join(names), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{key} is not a parameter"
