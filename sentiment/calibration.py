@@ -3,6 +3,8 @@
 import numpy as np
 
 LOG_TEMPERATURES = (-3.0, 3.0)
+RESAMPLES = 2000  # behind the standard error of macro-F1
+WIDTH = 3.92  # of a 95% interval, in standard errors
 
 
 def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -27,24 +29,30 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_threshold(values: np.ndarray, labels: np.ndarray) -> float | None:
-    """The probability of the last class from which on it is the answer, for the best macro-F1; None unless there are two.
+    """The probability of the last class from which on it is the answer, for macro-F1; None unless there are two classes.
 
-    Of equally good thresholds it is the middle one: on few reviews the best ones are a broad plateau.
+    Of those that are as good as the best to within its standard error it is the nearest to 0.5 (the one-standard-error rule,
+    Breiman et al. 1984): probabilities are calibrated, and on few reviews the very best threshold is mostly chance.
     """
     if values.shape[1] != 2:
         return None
+    from sentiment.metrics import intervals
+
     positive, truth = values[:, 1], labels == 1
     edges = np.unique(positive)
-    middles = np.concatenate([[0.0], (edges[1:] + edges[:-1]) / 2, [1.0]])
-    hits = np.searchsorted(np.sort(positive[truth]), middles)
-    misses = np.searchsorted(np.sort(positive[~truth]), middles)
+    thresholds = np.concatenate([[0.0, 0.5], (edges[1:] + edges[:-1]) / 2, [1.0]])
+    hits = np.searchsorted(np.sort(positive[truth]), thresholds)
+    misses = np.searchsorted(np.sort(positive[~truth]), thresholds)
     true_positive, true_negative = truth.sum() - hits, misses
     false_positive, false_negative = (~truth).sum() - misses, hits
     f1_positive = 2 * true_positive / np.maximum(1, 2 * true_positive + false_positive + false_negative)
     f1_negative = 2 * true_negative / np.maximum(1, 2 * true_negative + false_positive + false_negative)
-    macro = f1_positive + f1_negative
-    best = np.flatnonzero(macro == macro.max())
-    return float(middles[best[len(best) // 2]])
+    macro = (f1_positive + f1_negative) / 2
+    best = decide(values, thresholds[macro.argmax()])
+    found = intervals(best, labels, 2, RESAMPLES)
+    error = (found["f1_macro_high"] - found["f1_macro_low"]) / WIDTH
+    good = thresholds[macro >= macro.max() - error]
+    return float(good[np.abs(good - 0.5).argmin()])
 
 
 def decide(values: np.ndarray, threshold: float | None) -> np.ndarray:

@@ -30,23 +30,47 @@ def test_probabilities_sum_to_one_and_temperature_only_spreads_them():
     assert (cold.max(axis=1) >= hot.max(axis=1)).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("digits", [1, 9])
-def test_no_threshold_has_a_better_macro_f1(seed, digits):
+def scored(reviews, seed, best):
+    """Values of two classes, four in five reviews of the last one, that are best told apart at `best`."""
     rng = np.random.default_rng(seed)
-    labels = (rng.random(80) < 0.8).astype(int)
-    positive = np.clip(rng.normal(0.5 + 0.2 * labels, 0.2), 0, 1).round(digits)
-    values = np.stack([1 - positive, positive], axis=1)
-    every = np.concatenate([positive, positive + 1e-12, [0.0, 1.0]])
-    best = max(f1_score(labels, positive >= threshold, average="macro", zero_division=0) for threshold in every)
-    found = decide(values, fit_threshold(values, labels))
-    assert f1_score(labels, found, average="macro", zero_division=0) == pytest.approx(best)
+    labels = (rng.random(reviews) < 0.8).astype(int)
+    positive = np.clip(rng.normal(best - 0.2 + 0.4 * labels, 0.2), 0, 1)
+    return np.stack([1 - positive, positive], axis=1), labels
 
 
-def test_of_equally_good_thresholds_it_is_one_between_the_classes():
-    positive = np.array([0.1, 0.2, 0.6, 0.9])
+def macro_f1(values, labels, threshold):
+    return f1_score(labels, decide(values, threshold), average="macro", zero_division=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("reviews", [80, 20_000])
+def test_the_threshold_is_as_good_as_the_best_to_a_standard_error(seed, reviews):
+    values, labels = scored(reviews, seed, 0.6)
+    best = max(np.linspace(0, 1, 201), key=lambda threshold: macro_f1(values, labels, threshold))
+    rng = np.random.default_rng(seed)
+    samples = [rng.integers(reviews, size=reviews) for _ in range(200)]
+    error = np.std([macro_f1(values[rows], labels[rows], best) for rows in samples])
+    assert macro_f1(values, labels, fit_threshold(values, labels)) > macro_f1(values, labels, best) - 1.3 * error
+
+
+def test_many_reviews_move_the_threshold():
+    values, labels = scored(20_000, 0, 0.7)
+    found = fit_threshold(values, labels)
+    assert 0.5 < found < 0.7
+    assert macro_f1(values, labels, found) > macro_f1(values, labels, 0.5) + 0.03
+
+
+def test_few_reviews_leave_it_at_a_half():
+    values, labels = scored(150, 1, 0.53)
+    best = max(np.linspace(0, 1, 201), key=lambda threshold: macro_f1(values, labels, threshold))
+    assert macro_f1(values, labels, best) > macro_f1(values, labels, 0.5)
+    assert abs(fit_threshold(values, labels) - 0.5) < abs(best - 0.5) / 3
+
+
+def test_of_equally_good_thresholds_it_is_the_nearest_to_a_half():
+    positive = np.array([0.1, 0.2, 0.4, 0.9])
     found = fit_threshold(np.stack([1 - positive, positive], axis=1), np.array([0, 0, 1, 1]))
-    assert found == pytest.approx(0.4)
+    assert found == pytest.approx(0.3)
 
 
 def test_three_classes_have_no_threshold():
