@@ -29,7 +29,7 @@ lint: .venv/dev-installed  ## run the linters
 	ruff check . && ruff format --check . && mypy
 
 b2w: .venv/installed  ## the whole B2W corpus with BERTimbau, as an experiment; a GPU if there is one
-	dvc exp run -S download.source=$(B2W) -S download.licence=CC-BY-NC-SA-4.0 -S model.checkpoint=$(BERTIMBAU) -S model.revision=$(BERTIMBAU_REVISION) -S train.lr=3e-5 -S train.epochs=3 -S train.batch_tokens=4096 -S train.checkpoint_every=1000 -S train.log_every=100
+	dvc exp run -S download.source=$(B2W) -S download.licence=CC-BY-NC-SA-4.0 -S model.checkpoint=$(BERTIMBAU) -S model.revision=$(BERTIMBAU_REVISION) -S train.lr=3e-5 -S train.layer_decay=1.0 -S train.epochs=3 -S train.batch_tokens=4096 -S train.checkpoint_every=1000 -S train.log_every=100
 
 tune: .venv/installed  ## search for parameters: each trial an experiment, scored on validation; goes on where it was stopped
 	python -m sentiment.tune

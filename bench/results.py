@@ -84,7 +84,7 @@ def changed(settings: params.Params, way: str, epochs: int, number: int, options
     values["train"] |= {"epochs": epochs, "patience": None, "seed": number, "checkpoint_every": 10**9}
     values["model"]["checkpoint"] = None if way in (BASELINE, SCRATCH) else way
     if way == SCRATCH:
-        values["train"]["lr"] = options.scratch_lr
+        values["train"] |= {"lr": options.scratch_lr, "layer_decay": 1.0}
     result: params.Params = params.check(values)
     return result
 

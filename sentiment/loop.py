@@ -8,6 +8,7 @@ sentiment.training fine-tunes a classifier, sentiment.pretraining a language mod
 import contextlib
 import logging
 import math
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ from sentiment.params import Steps
 
 log = logging.getLogger(__name__)
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once, as it should
+LAYER = re.compile(r"\blayers?\.(\d+)\.")  # in a parameter's name
 LogMetrics = Callable[[int, dict[str, float]], None]
 
 
@@ -82,12 +84,24 @@ def rate(step: int, total: int, settings: Steps) -> float:
     return 0.5 * (1 - math.cos(math.pi * left)) if settings.decay == "cosine" else 1.0
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases (all that has one dimension) without."""
-    named = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(module: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms and biases (all that has one dimension) without. `scale` multiplies the learning rate.
+
+    It is 1 for the head, and falls by `layer_decay` with each layer below, to the embeddings (Clark et al. 2020, ELECTRA). Raises
+    TrainingError where it is to fall and the module has no numbered layers.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    found = [LAYER.search(name) for name, _ in named]
+    layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if layer_decay < 1 and not layers:
+        raise TrainingError("train.layer_decay needs a model of numbered layers, and this one has none; set it to 1.0")
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for (name, parameter), match in zip(named, found, strict=True):
+        below = layers - int(match[1]) if match else (layers + 1) * ("embeddings" in name)
+        groups.setdefault((below if layer_decay < 1 else 0, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": [parameter for parameter in named if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in named if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay * decays, "scale": layer_decay**below}
+        for (below, decays), parameters in groups.items()
     ]
 
 
@@ -133,9 +147,7 @@ class Loop(ABC):
             keep_freed_memory()
         if settings.compile:
             module.compile()
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay), lr=settings.lr, fused=self.device.type in ("cpu", "cuda")
-        )
+        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=settings.lr, fused=self.device.type in ("cpu", "cuda"))
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.total = sum(len(epoch_batches(self.feed, epoch, settings)) for epoch in range(settings.epochs))
         self.progress = self.kind_of_progress()
@@ -160,6 +172,10 @@ class Loop(ABC):
     @abstractmethod
     def validate(self, steps: int) -> None:
         """Score the epoch of `steps` steps that ends, and add it to the history."""
+
+    def parameter_groups(self, module: torch.nn.Module) -> list[dict[str, Any]]:
+        """What the optimizer is told of the parameters."""
+        return parameter_groups(module, self.settings.weight_decay)
 
     def is_last(self) -> bool:
         """Whether the epoch that ended is the last one."""
@@ -214,7 +230,7 @@ class Loop(ABC):
         total = self.step_weight
         loss = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * rate(self.progress.step, self.total, self.settings)
+            group["lr"] = group["scale"] * self.settings.lr * rate(self.progress.step, self.total, self.settings)
         for index, rows in enumerate(micro_batches):
             mine = rows[rank::world]
             last = index == len(micro_batches) - 1

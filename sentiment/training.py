@@ -23,7 +23,7 @@ from sentiment.devices import describe
 from sentiment.errors import TrainingError
 from sentiment.feed import Feed, forward
 from sentiment.files import atomic, sha256
-from sentiment.loop import LogMetrics, Loop, Progress, accelerator_for
+from sentiment.loop import LogMetrics, Loop, Progress, accelerator_for, parameter_groups
 from sentiment.params import Params, Train
 from sentiment.tokens import Tokens
 
@@ -115,6 +115,10 @@ class FineTuning(Loop):
         self.accelerator.wait_for_everyone()
         done = self.progress
         return Result(done.history, done.best_epoch, describe(self.device), self.precision, done.seconds)
+
+    def parameter_groups(self, module: torch.nn.Module) -> list[dict[str, Any]]:
+        """What the optimizer is told of the parameters: train.layer_decay, too."""
+        return parameter_groups(module, self.settings.weight_decay, self.settings.layer_decay)
 
     def weight(self, rows: np.ndarray) -> float:
         """The sum of the weights of some reviews."""

@@ -21,6 +21,7 @@ TINY = {
     "model.intermediate_size": 64,
     "model.vocab_size": 1000,
     "train.epochs": 2,
+    "train.layer_decay": 1.0,
     "train.batch_tokens": 512,
     "evaluate.bootstrap": 100,
     "promote.min_class_f1": None,

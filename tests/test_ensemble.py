@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy.special import softmax
 
+from models import model_folder, reviews, settings
 from sentiment import conversion, engines, ensemble, members
 from sentiment.classifier import Classifier
 from sentiment.engines import Choice
 from sentiment.errors import CheckpointError, TrainingError
 from sentiment.files import read_json, write_json
 from sentiment.members import Member
-from tests.models import model_folder, reviews, settings
 
 TEMPERATURES = (0.5, 1.5, 3.0)
 DATA = {"sha256": "a" * 64}

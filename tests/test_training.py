@@ -175,6 +175,41 @@ def test_norms_and_biases_do_not_decay(tmp_path):
     assert not any("bias" in named[id(p)] or "LayerNorm" in named[id(p)] for p in decayed["params"])
 
 
+def test_the_rate_falls_from_each_layer_to_the_one_below(tmp_path):
+    settings = models.settings().model
+    tokenizer = models.tokenizer_in(tmp_path, models.reviews()[0])
+    base = checkpoint.load_model(settings.model_copy(update={"layers": 3}), NAMES, tokenizer, 32)
+    scales = {id(p): group["scale"] for group in parameter_groups(base, 0.1, 0.5) for p in group["params"]}
+    named = dict(base.named_parameters())
+    assert len(scales) == len(named)
+    found = [
+        scales[id(named[name])]
+        for name in (
+            "classifier.weight", "bert.pooler.dense.bias", "bert.encoder.layer.2.output.dense.weight",
+            "bert.encoder.layer.0.attention.self.query.bias", "bert.embeddings.word_embeddings.weight",
+        )
+    ]  # fmt: skip
+    assert found == [1.0, 1.0, 0.5, 0.125, 0.0625]
+
+
+def test_a_step_moves_the_embeddings_by_their_share_of_the_rate(tmp_path):
+    moved = {}
+    for decay in (1.0, 0.1):
+        loop, _ = loop_in(tmp_path / str(decay), layer_decay=decay, epochs=1, weight_decay=0.0)
+        before = {name: value.detach().clone() for name, value in loop.base.named_parameters()}
+        loop.step([np.arange(8)])
+        moved[decay] = {name: float((value.detach() - before[name]).abs().max()) for name, value in loop.base.named_parameters()}
+    ratio = {
+        name: moved[0.1][name] / moved[1.0][name] for name in ("classifier.weight", "bert.embeddings.word_embeddings.weight")
+    }
+    assert list(ratio.values()) == pytest.approx([1.0, 0.01], rel=1e-2)
+
+
+def test_a_model_without_numbered_layers_has_no_layer_decay():
+    with pytest.raises(TrainingError, match=r"train\.layer_decay needs a model of numbered layers"):
+        parameter_groups(torch.nn.Linear(2, 2), 0.1, 0.9)
+
+
 @pytest.mark.parametrize(("decay", "last"), [("linear", 0.01), ("cosine", 0.001), ("constant", 1.0)])
 def test_the_rate_climbs_then_decays(decay, last):
     settings = models.settings(decay=decay, warmup=0.1).train
