@@ -30,8 +30,14 @@ def groups(reviews: pd.DataFrame, columns: dict[str, str]) -> dict[str, pd.Serie
         elif name == "month":
             found[name] = reviews[column].astype("string").str.slice(0, MONTH)
         else:
-            found[name] = reviews[column].map(lambda value: f"{value:g}" if isinstance(value, float) else value).astype("string")
+            found[name] = named(reviews[column])
     return found
+
+
+def named(values: pd.Series) -> pd.Series:
+    """Values as names of groups, whole numbers without a point; missing where they are missing or blank."""
+    names = values.map(lambda value: f"{value:g}" if isinstance(value, float) else value).astype("string").str.strip()
+    return names.where(values.notna() & names.ne(""))
 
 
 def ages(reviews: pd.DataFrame, born: str, dates: str | None) -> pd.Series:

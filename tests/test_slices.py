@@ -52,6 +52,14 @@ def test_reviews_are_told_apart_by_each_column_that_is_there(reviews):
         assert (length == "over 80") == (words > 80)
 
 
+@pytest.mark.parametrize("unknown", [None, np.nan, "", "  "])
+def test_what_is_not_known_is_no_group(reviews, unknown):
+    reviews["uf"] = pd.Series(["SP", unknown, "RJ", unknown] * 100, dtype=object)
+    found = slices.groups(reviews, COLUMNS)["state"]
+    assert found.isna().tolist() == [False, True, False, True] * 100
+    assert set(found.dropna()) == {"SP", "RJ"}
+
+
 def test_small_groups_are_taken_together():
     of = pd.Series(["a"] * 40 + ["b"] * 5 + ["c"] * 6 + [None], dtype="string")
     assert slices.merged(of, 10).value_counts().to_dict() == {"a": 40, slices.REST: 11}
