@@ -14,6 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from sentiment import metrics, params, sources
+from sentiment.errors import DataError
+from sentiment.logs import run_stage
 from stages import prepare
 
 PREPARED = Path("data/prepared")
@@ -44,7 +46,9 @@ def read(path: Path, settings: params.Prepare) -> pd.DataFrame:
     """All labelled reviews of a file, cleaned and without duplicates as the prepare stage does it."""
     kind = sources.file_format(str(path))
     raw = pd.concat([table.to_pandas() for table in sources.tables(path, kind)], ignore_index=True)
-    reviews = prepare.describe(raw, settings)
+    if missing := [name for name in (*settings.text, settings.rating) if name not in raw]:
+        raise DataError(f"{path} has no column {', '.join(missing)}; prepare.text and prepare.rating of params.yaml name them")
+    reviews = prepare.describe(raw, settings.model_copy(update={"group": None}))
     return reviews.loc[prepare.reject(reviews).isna(), ["text", "label"]]
 
 
@@ -58,4 +62,4 @@ def score(train: pd.DataFrame, test: pd.DataFrame, names: list[str]) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    run_stage("bench-baseline", main)
