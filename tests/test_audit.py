@@ -115,11 +115,22 @@ def test_sound_reviews_pass_and_leave_their_numbers(run):
     assert {path.name for path in stage.DOUBTFUL.iterdir()} == {"labels.csv", "near_duplicates.csv"}
 
 
-def test_a_finding_beyond_its_bound_stops_the_run_and_its_numbers_are_kept(run):
-    train = reviews(400)
+def with_wrong_labels(number):
+    """Reviews of which every fourth has the wrong label, and the rating that belongs to it."""
+    train = reviews(number)
     wrong = train.index[::4]
     train.loc[wrong, "label"] = 1 - train.loc[wrong, "label"]
     train["rating"] = pd.array(np.where(train["label"] == 1, 5.0, 1.0), "Float64")
+    return train
+
+
+def test_few_reviews_are_not_stopped_by_a_share_that_is_mostly_chance(run, caplog):
+    assert run(with_wrong_labels(400))["doubtful_label_share"] > 0.04
+    assert "audit.max_doubtful_labels bounds nothing here" in caplog.text
+
+
+def test_a_finding_beyond_its_bound_stops_the_run_and_its_numbers_are_kept(run):
+    train = with_wrong_labels(1900)
     with pytest.raises(
         DataError, match=r"doubtful_label_share is 0\.\d+ \(audit\.max_doubtful_labels 0\.04\): see data/doubtful/labels"
     ):
