@@ -113,7 +113,7 @@ def pretend_to_train():
         Path("models/sentiment/weights.txt").write_text(f"{right} de 40\n", encoding="utf-8")
     pq.write_table(pa.Table.from_pylist([row for row, _ in rows]), "data/predictions/test.parquet")
     pq.write_table(pa.Table.from_pylist([row for _, row in rows]), "data/prepared/test.parquet")
-    learnt = [{"review_id": f"0.4-{label}-{k}"} for label in names for k in range(10)]
+    learnt = [{"review_id": f"0.4-{label}-{k}", "text": f"{label} {k}"} for label in names for k in range(10)]
     for split, part in (("train", learnt[::2]), ("validation", learnt[1::2])):
         pq.write_table(pa.Table.from_pylist(part), f"data/prepared/{split}.parquet")
     Path("metrics/test.json").write_text(json.dumps({"f1_macro": right / 40, "reviews": len(rows)}) + "\n", encoding="utf-8")
