@@ -44,7 +44,8 @@ class Ensemble(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write config.json and model.safetensors to a folder, which is made if it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
         members: list[Any] = list(self.members)
         configs = [json.loads(member.config.to_json_string(use_diff=False)) for member in members]
         classes = {name: configs[0][name] for name in ("id2label", "label2id")}
