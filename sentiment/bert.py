@@ -2,7 +2,8 @@
 
 All tokens of a batch stand in one row, whatever it is: the reviews of PackedBert and VarlenBert follow each other, those of
 PaddedBert have the same width. The tokens of a review see only each other, and positions begin anew with each, so that the
-logits equal those of each review alone to rounding.
+logits equal those of each review alone to rounding. Of the last layer only what is asked for is computed: the first tokens for
+a classifier, the hidden words for a language model.
 
 Two things differ from transformers' own forward in training: attention has no dropout (the kernel for packed reviews has none;
 bench/order.py compares F1 with and without), and dropout on a CPU draws its masks four at a time, in a third of
@@ -10,7 +11,7 @@ the time.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,7 +22,16 @@ from sentiment.ensemble import Ensemble
 
 NOT_SEEN = -10_000.0  # added to the attention scores of other reviews: far below any score, and exact in bf16
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Layout = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Attend]  # input_ids, positions, first, attend: see Bert.logits
+
+
+class Layout(NamedTuple):
+    """A batch as Bert reads it; see Bert.encode."""
+
+    input_ids: torch.Tensor  # int64 [tokens]
+    positions: torch.Tensor  # int64 [tokens], of each token within its review
+    first: torch.Tensor  # int64 [reviews], where each review begins
+    attend: Attend
+    attend_first: Attend
 
 
 class Bert(nn.Module):
@@ -33,28 +43,43 @@ class Bert(nn.Module):
         self.classifier: Any = getattr(model, "classifier", None)  # a language model has none
         self.dropout = getattr(model, "dropout", nn.Dropout(0.0))
 
-    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, first: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """The logits of the reviews that begin at `first`: [reviews, classes]."""
-        hidden = self.encode(input_ids, positions, attend)
-        return self.classifier(self.drop(torch.tanh(self.bert.pooler.dense(hidden[first])), self.dropout))
+    def logits(self, layout: Layout) -> torch.Tensor:
+        """The logits of the reviews: [reviews, classes]."""
+        hidden = self.encode(layout, layout.first, layout.attend_first)
+        return self.classifier(self.drop(torch.tanh(self.bert.pooler.dense(hidden)), self.dropout))
 
-    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """What the last layer makes of each token: [tokens, hidden_size].
+    def encode(self, layout: Layout, wanted: torch.Tensor | None = None, attend_wanted: Attend | None = None) -> torch.Tensor:
+        """What the last layer makes of the tokens at `wanted`, or of all: [tokens, hidden_size].
 
-        `attend` is the attention within each review: query, key and value [tokens, heads, head_size] in, the same out.
+        A Layout's `attend` is the attention within each review: query, key and value [tokens, heads, head_size] in, the same out.
+        `attend_wanted` is that for the queries of `wanted` alone, [wanted, heads, head_size] in and out; without it the last
+        layer's attention, but no more of it, is computed for all tokens.
         """
         tables = self.bert.embeddings
         hidden = (
-            tables.word_embeddings(input_ids) + tables.position_embeddings(positions) + tables.token_type_embeddings.weight[0]
+            tables.word_embeddings(layout.input_ids)
+            + tables.position_embeddings(layout.positions)
+            + tables.token_type_embeddings.weight[0]
         )
         hidden = self.drop(tables.LayerNorm(hidden), tables.dropout)
-        for layer in self.bert.encoder.layer:
-            attention, output = layer.attention, layer.output
-            attended = self.attention(attention.self, hidden, attend)
-            hidden = attention.output.LayerNorm(self.drop(attention.output.dense(attended), attention.output.dropout) + hidden)
-            inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(hidden))
-            hidden = output.LayerNorm(self.drop(output.dense(inner), output.dropout) + hidden)
-        return hidden
+        *layers, last = self.bert.encoder.layer
+        for layer in layers:
+            hidden = self.feed_forward(layer, hidden, self.attention(layer.attention.self, hidden, hidden, layout.attend))
+        if wanted is None or attend_wanted is None:
+            attended, shown = self.attention(last.attention.self, hidden, hidden, layout.attend), hidden
+            if wanted is not None:
+                attended, shown = attended[wanted], hidden[wanted]
+        else:
+            shown = hidden[wanted]
+            attended = self.attention(last.attention.self, shown, hidden, attend_wanted)
+        return self.feed_forward(last, shown, attended)
+
+    def feed_forward(self, layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of tokens and of their self-attention: [tokens, hidden_size]."""
+        attention, output = layer.attention.output, layer.output
+        hidden = attention.LayerNorm(self.drop(attention.dense(attended), attention.dropout) + hidden)
+        inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(hidden))
+        return output.LayerNorm(self.drop(output.dense(inner), output.dropout) + hidden)
 
     def drop(self, values: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
         """What a dropout does in training; the same values otherwise."""
@@ -64,13 +89,14 @@ class Bert(nn.Module):
             return cast("torch.Tensor", CpuDropout.apply(values, dropout.p))  # type: ignore[no-untyped-call]
         return functional.dropout(values, dropout.p)
 
-    def attention(self, layer: Any, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Self-attention of one layer, before its output projection: [tokens, hidden_size]."""
-        width, device = hidden.shape[0], hidden.device.type
+    def attention(self, layer: Any, asking: torch.Tensor, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Self-attention of one layer to all tokens, for those that ask, before its output projection: [asking, hidden_size]."""
+        device, same = hidden.device.type, asking is hidden
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # once, and not for each of the three
-        query, key, value = (part(hidden).view(width, self.heads, -1) for part in (layer.query, layer.key, layer.value))
-        return attend(query, key, value).reshape(width, -1)
+        query = layer.query(hidden if same else asking).view(asking.shape[0], self.heads, -1)
+        key, value = (part(hidden).view(hidden.shape[0], self.heads, -1) for part in (layer.key, layer.value))
+        return attend(query, key, value).reshape(asking.shape[0], -1)
 
 
 class PackedBert(Bert):
@@ -80,8 +106,7 @@ class PackedBert(Bert):
         self, input_ids: torch.Tensor, positions: torch.Tensor, reviews: torch.Tensor, first: torch.Tensor
     ) -> torch.Tensor:
         """The logits of the reviews that begin at `first`."""
-        mask = torch.where(reviews.unsqueeze(0) == reviews.unsqueeze(1), 0.0, NOT_SEEN)[None, None]
-        return self.logits(input_ids, positions, first, masked(mask))
+        return self.logits(Layout(input_ids, positions, first, *masked(reviews, first)))
 
 
 class VarlenBert(Bert):
@@ -92,18 +117,18 @@ class VarlenBert(Bert):
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The logits of the reviews that begin at `first`; for the tensors see Feed.batch."""
-        return self.logits(*self.layout(**inputs))
+        return self.logits(self.layout(**inputs))
 
     def layout(
         self, input_ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor, first: torch.Tensor, longest: int
     ) -> Layout:
         """The batch as Bert reads it."""
         if input_ids.device.type == "cuda":
-            return input_ids, positions, first, varlen(bounds, longest)
+            begins = torch.arange(len(first) + 1, dtype=bounds.dtype, device=bounds.device)
+            within, of_first = varlen(bounds, longest, bounds, longest), varlen(begins, 1, bounds[:-1], longest)
+            return Layout(input_ids, positions, first, within, of_first)
         place = torch.arange(len(input_ids), device=bounds.device)
-        reviews = torch.searchsorted(bounds, place, right=True)
-        mask = torch.where(reviews.unsqueeze(0) == reviews.unsqueeze(1), 0.0, NOT_SEEN)[None, None]
-        return input_ids, positions, first, masked(mask)
+        return Layout(input_ids, positions, first, *masked(torch.searchsorted(bounds, place, right=True), first))
 
 
 class PaddedBert(Bert):
@@ -111,7 +136,7 @@ class PaddedBert(Bert):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The logits of the reviews."""
-        return self.logits(*self.layout(input_ids, attention_mask))
+        return self.logits(self.layout(input_ids, attention_mask))
 
     def layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Layout:
         """The batch as Bert reads it."""
@@ -121,10 +146,10 @@ class PaddedBert(Bert):
         place = torch.arange(reviews * width, device=input_ids.device)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            parts = [each.view(reviews, width, self.heads, -1).transpose(1, 2) for each in (query, key, value)]
+            parts = [each.view(reviews, -1, *each.shape[1:]).transpose(1, 2) for each in (query, key, value)]
             return attention(parts[0], parts[1], parts[2], mask).transpose(1, 2).reshape(query.shape)
 
-        return input_ids.flatten(), place % width, place[::width], attend
+        return Layout(input_ids.flatten(), place % width, place[::width], attend, attend)
 
 
 def small_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -155,22 +180,30 @@ class CpuDropout(torch.autograd.Function):
         return torch.where(context.kept, gradient, 0.0).mul_(context.scale), None
 
 
-def masked(mask: torch.Tensor) -> Attend:
-    """Attention of all tokens to all, a mask [1, 1, tokens, tokens] added to the scores."""
+def masked(reviews: torch.Tensor, first: torch.Tensor) -> tuple[Attend, Attend]:
+    """Attention for all tokens and for those at `first`, a mask added to the scores; `reviews` [tokens] says what each is of."""
+
+    def of(asking: torch.Tensor) -> Attend:
+        mask = torch.where(asking.unsqueeze(1) == reviews.unsqueeze(0), 0.0, NOT_SEEN)[None, None]
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            parts = [each.transpose(0, 1).unsqueeze(0) for each in (query, key, value)]
+            attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask.to(query.dtype))
+            return attended.squeeze(0).transpose(0, 1)
+
+        return attend
+
+    return of(reviews), of(reviews[first])
+
+
+def varlen(asking: torch.Tensor, most: int, bounds: torch.Tensor, longest: int) -> Attend:
+    """FlashAttention for the queries between each two of `asking` to the tokens between the same two of `bounds`.
+
+    Both are int32 [reviews + 1]; none of the first are further apart than `most`, none of the second than `longest`.
+    """
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        parts = [each.transpose(0, 1).unsqueeze(0) for each in (query, key, value)]
-        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask.to(query.dtype))
-        return attended.squeeze(0).transpose(0, 1)
-
-    return attend
-
-
-def varlen(bounds: torch.Tensor, longest: int) -> Attend:
-    """FlashAttention within `bounds` int32 [reviews + 1], none of them further apart than `longest`."""
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        attended = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+        attended = varlen_attn(query, key, value, asking, bounds, most, longest)
         assert isinstance(attended, torch.Tensor)  # noqa: S101  it is a pair only if asked for
         return attended
 

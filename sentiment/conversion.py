@@ -24,7 +24,7 @@ from sentiment.packing import Row, bins, pack
 
 CACHE = Path("models/registry/engines")
 HASHED = ("model.safetensors", "config.json", "tokenizer.json", "inference.json")
-FORMAT = 1  # of the files in the cache
+FORMAT = 2  # of the files in the cache
 CALIBRATION_ROWS = 64  # packed rows whose activations int8 is fitted to
 
 

@@ -45,17 +45,24 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None
 
 
-def step_flops(model: Any, lengths: np.ndarray) -> float:
+def step_flops(model: Any, lengths: np.ndarray, wanted: float | None = None) -> float:
     """Operations to train on reviews of these lengths in tokens, forward and backward, padding not counted.
 
     6 for each token and each weight of a matrix that it is multiplied with, and 12 * layers * hidden_size * length for each
-    token's attention (Chowdhery et al. 2022, PaLM, appendix B).
+    token's attention (Chowdhery et al. 2022, PaLM, appendix B). `wanted` is the number of tokens that the last layer and the
+    head are computed for, all if it is not given; the last layer's keys and values are always those of all.
     """
     config = model.config
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
-    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1) - embeddings
-    attention = 12 * config.num_hidden_layers * config.hidden_size
-    return float(6 * weights * lengths.sum() + attention * np.square(lengths, dtype=np.int64).sum())
+    tokens, last = float(lengths.sum()), f"encoder.layer.{config.num_hidden_layers - 1}."
+    counted = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "embeddings" in name:
+            continue
+        body = "encoder." in name and (last not in name or ".key." in name or ".value." in name)
+        counted += parameter.numel() * (tokens if body or wanted is None else wanted)
+    attention = 12.0 * config.hidden_size * np.square(lengths, dtype=np.float64).sum()
+    layers = config.num_hidden_layers - 1 + (1.0 if wanted is None else wanted / tokens)
+    return float(6 * counted + attention * layers)
 
 
 def keep_freed_memory() -> None:

@@ -170,6 +170,10 @@ class Loop(ABC):
         """The loss of some rows times their weight, in nats."""
 
     @abstractmethod
+    def wanted(self, lengths: np.ndarray) -> float | None:
+        """The tokens of reviews of these lengths that the last layer is computed for; None: all of them."""
+
+    @abstractmethod
     def validate(self, steps: int) -> None:
         """Score the epoch of `steps` steps that ends, and add it to the history."""
 
@@ -258,7 +262,7 @@ class Loop(ABC):
         seconds = time.perf_counter() - window.start
         learning_rate = self.settings.lr * rate(progress.step - 1, self.total, self.settings)
         lengths = np.concatenate(window.lengths)
-        flops = step_flops(self.base, lengths) / seconds / self.accelerator.num_processes
+        flops = step_flops(self.base, lengths, self.wanted(lengths)) / seconds / self.accelerator.num_processes
         share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
         padding = 100 * (1 - lengths.sum() / window.computed)
         log.info(

@@ -98,10 +98,11 @@ class MaskedModel(nn.Module):
 
     def forward(self, count: int, **inputs: Any) -> torch.Tensor:
         """The mean cross-entropy of `count` hidden tokens, in nats: [1]."""
-        input_ids, positions, _, attend = self.reader.layout(**inputs)
-        places = self.masking.places(input_ids, count)
-        hidden = self.reader.encode(self.masking.hide_most(input_ids, places), positions, attend)
-        return functional.cross_entropy(self.head(hidden[places]).float(), input_ids[places])[None]
+        layout = self.reader.layout(**inputs)
+        places = self.masking.places(layout.input_ids, count)
+        shown = layout._replace(input_ids=self.masking.hide_most(layout.input_ids, places))
+        logits = self.head(self.reader.encode(shown, places)).float()
+        return functional.cross_entropy(logits, layout.input_ids[places])[None]
 
 
 class ReplacedTokens(nn.Module):
@@ -122,12 +123,13 @@ class ReplacedTokens(nn.Module):
 
     def forward(self, count: int, **inputs: Any) -> torch.Tensor:
         """The generator's mean cross-entropy over `count` hidden tokens, and the model's over all but special ones: [2]."""
-        input_ids, positions, _, attend = self.reader.layout(**inputs)
+        layout = self.reader.layout(**inputs)
+        input_ids = layout.input_ids
         places = self.masking.places(input_ids, count)
-        filled = self.generator.encode(self.masking.hide(input_ids, places), positions, attend)
-        logits = self.generator_head(filled[places]).float()
+        filled = self.generator.encode(layout._replace(input_ids=self.masking.hide(input_ids, places)), places)
+        logits = self.generator_head(filled).float()
         shown = input_ids.index_copy(0, places, draw(logits.detach()))
-        found = self.head(self.reader.encode(shown, positions, attend)).squeeze(1).float()
+        found = self.head(self.reader.encode(layout._replace(input_ids=shown))).squeeze(1).float()
         counted = ~self.masking.special[input_ids]
         detection = functional.binary_cross_entropy_with_logits(found, (shown != input_ids).float(), reduction="none")
         return torch.stack([functional.cross_entropy(logits, input_ids[places]), (detection * counted).sum() / counted.sum()])
@@ -207,6 +209,10 @@ class Pretraining(Loop):
         """Tokens of some texts, [CLS] and [SEP] not counted."""
         return maskable(self.feed, rows)
 
+    def wanted(self, lengths: np.ndarray) -> float | None:
+        """The hidden tokens, if nothing is asked of the others."""
+        return self.settings.mask * float((lengths - 2).sum()) if isinstance(self.module, MaskedModel) else None
+
     def loss(self, rows: np.ndarray) -> torch.Tensor:
         """The weighted sum of the objective's losses, times the weight of the rows."""
         return (self.losses(self.model, self.feed, rows) * self.loss_weights).sum() * self.weight(rows)
@@ -268,8 +274,8 @@ def hidden_one_by_one(
 ) -> torch.Tensor:
     """The summed cross-entropy of the tokens at places `hidden` of a text, each of them hidden in a copy of its own."""
     inputs = feed.batch(np.full(len(hidden), row)).inputs
-    input_ids, positions, first, attend = reader.layout(**inputs)
-    places = first + torch.from_numpy(hidden).to(first.device)
-    shown = input_ids.index_fill(0, places, mask_id)
-    logits = head(reader.encode(shown, positions, attend)[places]).float()
-    return functional.cross_entropy(logits, input_ids[places], reduction="sum")
+    layout = reader.layout(**inputs)
+    places = layout.first + torch.from_numpy(hidden).to(layout.first.device)
+    shown = layout._replace(input_ids=layout.input_ids.index_fill(0, places, mask_id))
+    logits = head(reader.encode(shown, places)).float()
+    return functional.cross_entropy(logits, layout.input_ids[places], reduction="sum")

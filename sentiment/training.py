@@ -124,6 +124,10 @@ class FineTuning(Loop):
         """The sum of the weights of some reviews."""
         return float(self.review_weights[rows].sum())
 
+    def wanted(self, lengths: np.ndarray) -> float | None:
+        """One token a review, if the forward is this project's."""
+        return float(len(lengths)) if can_pack(self.base) else None
+
     def loss(self, rows: np.ndarray) -> torch.Tensor:
         """The weighted sum of the cross-entropies of some reviews."""
         batch = self.feed.batch(rows)

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from sentiment import tokens
-from sentiment.bert import CpuDropout, VarlenBert, reader, small_attention
+from sentiment.bert import CpuDropout, PaddedBert, VarlenBert, reader, small_attention
+from sentiment.devices import step_flops
 from sentiment.feed import Feed, forward
 
 CPU = torch.device("cpu")
@@ -90,6 +92,35 @@ def test_a_packed_step_has_the_gradients_of_the_padded_one(bert):
         found.append({name: parameter.grad.clone() for name, parameter in bert.named_parameters()})
     for name in found[0]:
         torch.testing.assert_close(found[1][name], found[0][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_last_layer_computed_for_some_tokens_is_what_it_is_computed_for_all(bert, packed):
+    rng = np.random.default_rng(7)
+    rows = [rng.integers(5, 300, length) for length in (3, 50, 1, 128, 20)]
+    module = (VarlenBert if packed else PaddedBert)(bert).eval()
+    layout = module.layout(**feed_of(rows, packed).batch(np.arange(5)).inputs)
+    some = torch.cat([layout.first, layout.first[[1, 3, 4]] + torch.tensor([49, 60, 2])])
+    with torch.inference_mode():
+        whole = module.encode(layout)
+        torch.testing.assert_close(module.encode(layout, some), whole[some], atol=1e-5, rtol=1e-5)
+        first = module.encode(layout, layout.first, layout.attend_first)
+    torch.testing.assert_close(first, whole[layout.first], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [None, 6])
+def test_the_operations_of_a_step_are_those_that_torch_counts(bert, wanted):
+    """A backward pass has twice the operations of the forward pass."""
+    rows = [np.arange(5, 25) for _ in range(6)]
+    inputs = feed_of(rows, packed=False).batch(np.arange(6)).inputs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if wanted:
+            PaddedBert(bert).eval()(**inputs)
+        else:
+            module = PaddedBert(bert).eval()
+            hidden = module.encode(module.layout(**inputs))
+            module.classifier(module.bert.pooler.dense(hidden))
+    assert step_flops(bert, np.full(6, 20), wanted) == pytest.approx(3 * counter.get_total_flops())
 
 
 def test_dropout_in_training_falls_on_the_packed_modules_too(bert):

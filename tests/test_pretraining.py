@@ -140,8 +140,7 @@ def test_the_checkpoint_encodes_as_the_model_in_training_and_fine_tunes(tmp_path
     loop.module.eval()
     batch = loop.held_out.batch(np.arange(5))
     with torch.no_grad():
-        input_ids, positions, _, attend = loop.module.reader.layout(**batch.inputs)
-        expected = loop.module.reader.encode(input_ids, positions, attend)
+        expected = loop.module.reader.encode(loop.module.reader.layout(**batch.inputs))
     pretraining_models.finished(loop.base, loop.module, 0.1).save_pretrained(tmp_path / "model")
     checkpoint.save_word_piece(tokenizer, tmp_path / "model")
     found = AutoModel.from_pretrained(tmp_path / "model").eval()(**batch.inputs).last_hidden_state.flatten(0, 1)
