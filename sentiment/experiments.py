@@ -5,6 +5,7 @@ with the experiment. (metrics.json has the last epoch alone, and is not there be
 """
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -96,6 +97,15 @@ def start(jobs: int) -> None:
 def kill(name: str) -> None:
     """Interrupt a running experiment, or mark it as failed if nothing runs it; raises TuneError where it is not running."""
     command("dvc", "queue", "kill", name)
+
+
+def workers() -> int:
+    """How many workers of the queue there are; raises TuneError where DVC does not say."""
+    shown = command("dvc", "queue", "status")
+    found = re.search(r"(\d+) active, (\d+) idle", shown)
+    if not found:
+        raise TuneError(f"`dvc queue status` names no workers: {' '.join(shown.split())}")
+    return sum(map(int, found.groups()))
 
 
 def why_failed(name: str) -> str:

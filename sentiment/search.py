@@ -39,6 +39,7 @@ class Search:
         self.first = len(self.trials())  # number of this call
         self.absent: Counter[int] = Counter()  # looks at which a trial's experiment was not there, or not alive
         self.failures = self.blind = 0  # trials in a row that failed; looks in a row that DVC did not answer
+        self.released = False  # whether what seemed to run was called failed since DVC answered last
         self.found: list[Experiment] = []  # at the last look
         self.basis = basis()
         self.begin()
@@ -128,14 +129,27 @@ class Search:
             found = experiments.experiments({trial.user_attrs["commit"] for trial in running if "commit" in trial.user_attrs})
         except TuneError:
             self.blind += 1
-            if self.blind > LOOKS:
-                raise
+            if self.blind % LOOKS == 0 and not experiments.workers():
+                if self.released:
+                    raise
+                self.release(running)
             return
-        self.blind = 0
+        self.blind, self.released = 0, False
         for trial in running:
             experiment = found.get(self.experiment(trial))
             self.found += [experiment] if experiment else []
             self.follow(trial, experiment)
+
+    def release(self, running: list[FrozenTrial]) -> None:
+        """Have DVC call failed what no worker is left to run.
+
+        A worker that takes an experiment as it ends leaves it running for ever, and `dvc exp show` fails for as long
+        (treeverse/dvc, issue 10673).
+        """
+        self.released = True
+        for trial in running:
+            self.trial(trial.number).set_user_attr("ended", "lost")
+            self.kill(trial)
 
     def follow(self, trial: FrozenTrial, experiment: Experiment | None) -> None:
         """Take over what one trial's experiment has come to."""

@@ -327,6 +327,66 @@ def test_dvc_is_asked_again_when_it_could_not_answer(pretend, monkeypatch):
     assert len(made.trials(TrialState.COMPLETE)) == 2
 
 
+def blinded(queue, monkeypatch, lost):
+    """DVC shows nothing while the experiment `lost` is said to run; returns the looks, which end what other experiments run."""
+    looks = []
+
+    def experiments_of(commits):
+        looks.append(commits)
+        if queue.states.get(lost) == "running":
+            raise TuneError("No such file or directory: '….run'")
+        return queue.experiments(commits)
+
+    monkeypatch.setattr(experiments, "experiments", experiments_of)
+    return looks
+
+
+def test_an_experiment_that_was_lost_with_its_worker_is_released_and_its_values_are_tried_again(pretend, monkeypatch):
+    queue = pretend(lambda lr: [0.5])
+    blinded(queue, monkeypatch, "tune-0")
+    monkeypatch.setattr(experiments, "workers", lambda: 0)
+    made = searching(trials=2)
+    made.run(threading.Event())
+    assert queue.killed == ["tune-0"]
+    assert queue.values["tune-1"] == queue.values["tune-0"]
+    assert made.trials()[0].user_attrs["reason"] == "its experiment was lost"
+    assert len(made.trials(TrialState.COMPLETE)) == 2
+
+
+def test_nothing_is_released_while_a_worker_is_there(pretend, monkeypatch):
+    queue = pretend(lambda lr: [0.5])
+    looks = blinded(queue, monkeypatch, "tune-0")
+    monkeypatch.setattr(experiments, "workers", lambda: 0 if len(looks) > 100 else 1)
+    searching(trials=1).run(threading.Event())
+    assert queue.killed == ["tune-0"]
+    assert len(looks) > 100
+
+
+def test_a_search_ends_where_dvc_shows_nothing_though_nothing_runs(pretend, monkeypatch):
+    queue = pretend(lambda lr: [0.5])
+    blinded(queue, monkeypatch, "tune-0")
+    monkeypatch.setattr(experiments, "kill", queue.killed.append)
+    monkeypatch.setattr(experiments, "workers", lambda: 0)
+    with pytest.raises(TuneError, match="No such file"):
+        searching(trials=1).run(threading.Event())
+    assert queue.killed == ["tune-0"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "number"),
+    [("Task  Name\n66f4352  tune-1\n\nWorker status: 0 active, 0 idle\n", 0), ("Worker status: 1 active, 2 idle", 3)],
+)
+def test_the_workers_are_those_that_dvc_counts(monkeypatch, shown, number):
+    monkeypatch.setattr(experiments, "command", lambda *_: shown)
+    assert experiments.workers() == number
+
+
+def test_a_status_without_workers_is_an_error(monkeypatch):
+    monkeypatch.setattr(experiments, "command", lambda *_: "No experiment tasks in the queue.\n")
+    with pytest.raises(TuneError, match="names no workers: No experiment"):
+        experiments.workers()
+
+
 def test_the_table_has_the_best_first_and_the_command_sets_its_values():
     study = optuna.create_study(direction="maximize")
     drawn = {"train.lr": optuna.distributions.FloatDistribution(1e-5, 1.0)}
