@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,8 @@ def guarded(name: str, main: Callable[[], None], log_file: Path) -> int:
     except Exception as error:
         if is_disk_full(error):
             logger.error("no space is left on the disk; free some, then run `dvc repro` again", exc_info=True)
+        elif missing := missing_output(error):
+            logger.error("%s is not there: `dvc repro` makes it, `dvc checkout` brings it back", missing, exc_info=True)
         else:
             logger.error("%s: %s; the whole trace is in %s", type(error).__name__, first_line(error), log_file, exc_info=True)
         return 1
@@ -80,6 +83,14 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error) for words in ("No space left on device", "os error 28", "Disk quota exceeded"))
+
+
+def missing_output(error: BaseException) -> str | None:
+    """The path of a stage's output, if it is what an error of Python, Arrow or safetensors says is not there."""
+    found = (
+        re.search(r"(?<![\w/.])(?:data|metrics|models)/[^\s'\":]+", str(error)) if isinstance(error, FileNotFoundError) else None
+    )
+    return found[0] if found else None
 
 
 def first_line(error: BaseException) -> str:
