@@ -124,9 +124,7 @@ class VarlenBert(Bert):
     ) -> Layout:
         """The batch as Bert reads it."""
         if input_ids.device.type == "cuda":
-            begins = torch.arange(len(first) + 1, dtype=bounds.dtype, device=bounds.device)
-            within, of_first = varlen(bounds, longest, bounds, longest), varlen(begins, 1, bounds[:-1], longest)
-            return Layout(input_ids, positions, first, within, of_first)
+            return Layout(input_ids, positions, first, varlen(bounds, longest), varlen_first(bounds, longest, len(input_ids)))
         place = torch.arange(len(input_ids), device=bounds.device)
         return Layout(input_ids, positions, first, *masked(torch.searchsorted(bounds, place, right=True), first))
 
@@ -196,14 +194,28 @@ def masked(reviews: torch.Tensor, first: torch.Tensor) -> tuple[Attend, Attend]:
     return of(reviews), of(reviews[first])
 
 
-def varlen(asking: torch.Tensor, most: int, bounds: torch.Tensor, longest: int) -> Attend:
-    """FlashAttention for the queries between each two of `asking` to the tokens between the same two of `bounds`.
-
-    Both are int32 [reviews + 1]; none of the first are further apart than `most`, none of the second than `longest`.
-    """
+def varlen(bounds: torch.Tensor, longest: int) -> Attend:
+    """FlashAttention within `bounds` int32 [reviews + 1], none of them further apart than `longest`."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        attended = varlen_attn(query, key, value, asking, bounds, most, longest)
+        attended = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+        assert isinstance(attended, torch.Tensor)  # noqa: S101  it is a pair only if asked for
+        return attended
+
+    return attend
+
+
+def varlen_first(bounds: torch.Tensor, longest: int, tokens: int) -> Attend:
+    """FlashAttention of the first token of each review but the last one, which is padding, for queries [reviews - 1, …].
+
+    Nothing asks for the padding, so that the kernel leaves its gradients as it finds the memory: they are set to 0 here.
+    """
+    begins = torch.arange(len(bounds) - 1, dtype=bounds.dtype, device=bounds.device)
+    asked_for = (torch.arange(tokens, device=bounds.device) < bounds[-2])[:, None, None]
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = torch.where(asked_for, key, 0.0), torch.where(asked_for, value, 0.0)
+        attended = varlen_attn(query, key, value, begins, bounds[:-1], 1, longest)
         assert isinstance(attended, torch.Tensor)  # noqa: S101  it is a pair only if asked for
         return attended
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from sentiment import tokens
-from sentiment.bert import CpuDropout, PaddedBert, VarlenBert, reader, small_attention
+from sentiment.bert import CpuDropout, Layout, PaddedBert, VarlenBert, reader, small_attention, varlen, varlen_first
 from sentiment.devices import step_flops
 from sentiment.feed import Feed, forward
 
@@ -123,6 +123,54 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(bert, wanted):
     assert step_flops(bert, np.full(6, 20), wanted) == pytest.approx(3 * counter.get_total_flops())
 
 
+class LeavesGarbage(torch.autograd.Function):
+    """The values; where nothing used them, their gradient is what lay in memory."""
+
+    @staticmethod
+    def forward(context, values, used):
+        context.used = used
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        gradient = gradient.clone()
+        gradient[context.used :] = float("nan")
+        return gradient, None
+
+
+def attention_like_the_kernel(query, key, value, asking, bounds, most, longest):
+    assert asking.dtype == bounds.dtype == torch.int32
+    assert len(asking) == len(bounds)
+    assert asking.diff().max() <= most
+    assert bounds.diff().max() <= longest
+    key, value = (LeavesGarbage.apply(each, int(bounds[-1])) for each in (key, value))
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(*(part.transpose(0, 1) for part in (query[a:b], key[c:d], value[c:d])))
+        for a, b, c, d in zip(asking, asking[1:], bounds, bounds[1:], strict=False)
+        if b > a
+    ]
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+def test_what_is_asked_of_the_kernel_for_packed_attention_gives_the_logits_and_the_gradients(bert, monkeypatch):
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(5, 300, length) for length in (3, 50, 1, 128, 20)]
+    batch = feed_of(rows, packed=True).batch(np.arange(5))
+    inputs = batch.inputs
+    ids, positions = (torch.nn.functional.pad(inputs[name], (0, 6)) for name in ("input_ids", "positions"))
+    bounds = torch.cat([inputs["bounds"][:-1], inputs["bounds"][-1:] + 6])
+    monkeypatch.setattr("sentiment.bert.varlen_attn", attention_like_the_kernel)
+    module = VarlenBert(bert).eval()
+    layout = Layout(ids, positions, inputs["first"], varlen(bounds, 128), varlen_first(bounds, 128, len(ids)))
+    found = []
+    for logits in (module.logits(layout), module(**inputs)):
+        bert.zero_grad()
+        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        found.append({name: parameter.grad.clone() for name, parameter in bert.named_parameters()} | {"logits": logits.detach()})
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-5, rtol=1e-4)
+
+
 def test_dropout_in_training_falls_on_the_packed_modules_too(bert):
     module = VarlenBert(bert).train()
     inputs = feed_of(ROWS, packed=True).batch(np.arange(3)).inputs
@@ -147,6 +195,32 @@ def test_on_cuda_a_packed_forward_is_as_close_to_float64_as_a_padded_one(bert, d
             )
     bert.cpu()
     assert (packed - exact).abs().max() < 2 * (padded - exact).abs().max() + 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packed attention is CUDA's")
+def test_on_cuda_a_packed_step_has_gradients_as_close_to_float64_as_a_padded_one(bert):
+    rng = np.random.default_rng(6)
+    rows = [rng.integers(5, 300, length) for length in [1, LONGEST, *rng.integers(1, LONGEST + 1, 61)]]
+    made, device, order = tokens.ragged(rows, np.arange(len(rows)) % 3, 300), torch.device("cuda"), np.arange(len(rows))
+
+    def gradients(module, feed):
+        bert.zero_grad()
+        batch = feed.batch(order)
+        torch.nn.functional.cross_entropy(forward(module, batch.inputs).float(), batch.labels).backward()
+        return {name: parameter.grad.double().cpu() for name, parameter in bert.named_parameters()}
+
+    exact = gradients(bert.double(), Feed(made, CPU, 0, False))
+    model = bert.float().to(device)
+    torch.full((1 << 24,), float("nan"), device=device)  # what the kernel leaves as it finds it shows
+    with torch.autocast("cuda", torch.bfloat16):
+        padded, packed = (
+            gradients(module, Feed(made, device, 0, is_packed))
+            for module, is_packed in ((model, False), (VarlenBert(model).eval(), True))
+        )
+    bert.cpu()
+    for name, gradient in exact.items():
+        error = (padded[name] - gradient).abs().max()
+        assert (packed[name] - gradient).abs().max() < 3 * error + 1e-3 * gradient.abs().max() + 1e-6, name
 
 
 def test_dropout_on_a_cpu_drops_the_share_scales_the_rest_and_gives_the_gradient_of_what_stayed():
