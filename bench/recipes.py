@@ -6,6 +6,7 @@ Python loop that reads the loss at each step.
 padded to a multiple of 8, bf16, fused AdamW. A large model on a CPU takes them in two halves: 32 reviews of 512 tokens, which it
 begins with, are more than 24 GB in fp32.
 `ours`: sentiment.training, with its line in the log every 20 steps.
+`whole`: ours, but with the last layer computed for all tokens, of which the classifier reads the first of each review.
 
 A recipe is a generator: it yields after every step the reviews, the tokens and the tokens with padding of that step.
 """
@@ -204,6 +205,7 @@ class Ours(Run):
             self.model, split, held_out, 0, self.data.names, params.check(values).train, Path(mkdtemp()) / "checkpoint", "bench",
             lambda *_: None,
         )  # fmt: skip
+        self.change(loop.module)
         loop.model.train()
         for epoch in range(epochs):
             for micro_batches in epoch_batches(loop.feed, epoch, loop.settings):
@@ -211,8 +213,22 @@ class Ours(Run):
                 yield Step(loop.feed.lengths[np.concatenate(micro_batches)], loop.computed(micro_batches))
             loop.model.train()
 
+    def change(self, module: Any) -> None:
+        """What is other than in the project."""
 
-RECIPES: dict[str, type[Run]] = {"original": Original, "trainer": Trainer, "ours": Ours}
+
+class Whole(Ours):
+    """Ours, with the last layer for all tokens."""
+
+    first_only = False
+
+    def change(self, module: Any) -> None:
+        """Let the forward pick the first tokens after the last layer."""
+        encode = module.encode
+        module.encode = lambda layout, wanted, _: encode(layout)[wanted]
+
+
+RECIPES: dict[str, type[Run]] = {"original": Original, "trainer": Trainer, "whole": Whole, "ours": Ours}
 
 
 def timed(run: Run, seconds: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from sentiment.errors import DataError, ProjectError
 from sentiment.files import atomic, read_json, write_json
 from sentiment.logs import run_stage
 
-NAMES = {"original": "original", "trainer": "Trainer", "ours": "ours"}
+NAMES = {"original": "original", "trainer": "Trainer", "whole": "ours, the whole last layer", "ours": "ours"}
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 SHAPE = "shape:"
 BUDGETS = {"cpu": 2048, "cuda": 16_384}  # tokens in a batch of ours
