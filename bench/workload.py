@@ -96,7 +96,9 @@ def random_model(shape: Path, folder: Path) -> Path:
         raise CheckpointError(
             f"{shape} describes no model with a vocabulary ({first_line(error)}); name a folder that does"
         ) from error
-    Inference(config.max_position_embeddings, lowercase=False, text=["review_text"], temperature=1.0, threshold=0.5).save(folder)
+    Inference(config.max_position_embeddings, case="as_written", text=["review_text"], temperature=1.0, threshold=0.5).save(
+        folder
+    )
     return folder
 
 

@@ -1,7 +1,7 @@
 """A fine-tuned model folder, ready to classify: weights, tokenizer, and what was fitted for inference.
 
-`inference.json` beside the weights holds: `max_length` in tokens, `lowercase`, `text` (the columns it was trained on),
-`temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
+`inference.json` beside the weights holds: `max_length` in tokens, `case` (see sentiment/text.py), `text` (the columns it was
+trained on), `temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,18 @@ class Inference:
     """How texts are read and probabilities turned into labels; kept with the model as inference.json."""
 
     max_length: int
-    lowercase: bool
+    case: text.Case
     text: list[str]
     temperature: float
     threshold: float | None
+
+    @classmethod
+    def load(cls, folder: Path) -> "Inference":
+        """Read a model folder's inference.json, an old one's `lowercase`, too; raises OSError, ValueError or TypeError."""
+        values = read_json(folder / "inference.json")
+        if "lowercase" in values:
+            values["case"] = "lower" if values.pop("lowercase") else "as_written"
+        return cls(**values)
 
     def save(self, folder: Path) -> None:
         """Write inference.json."""
@@ -61,7 +69,7 @@ class Classifier:
         no_progress_bars()
         where = pick_device(device)
         try:
-            inference = Inference(**read_json(folder / "inference.json"))
+            inference = Inference.load(folder)
             model, missing = load_network(folder)
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
@@ -72,7 +80,7 @@ class Classifier:
 
     def probabilities(self, texts: Sequence[str], batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
-        cleaned = [text.clean(value, self.inference.lowercase) for value in texts]
+        cleaned = [text.clean(value, self.inference.case) for value in texts]
         rows = encode(self.tokenizer, cleaned)
         return self.token_probabilities(
             ragged(rows, np.zeros(len(texts), np.int16), self.tokenizer.get_vocab_size()), batch_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentiment import ensemble
-from sentiment.classifier import Classifier
+from sentiment.classifier import Classifier, Inference
 from sentiment.errors import TrainingError
 from sentiment.files import read_json, sha256
 from sentiment.logs import first_line
@@ -63,7 +63,7 @@ def check(members: Sequence[Member], settings: Params, tokenizer: Path, data: di
     wanted = {
         "classes": list(settings.prepare.labels),
         "tokenizer": sha256(tokenizer),
-        "way to read texts": [settings.tokenize.max_length, settings.prepare.lowercase, settings.prepare.text],
+        "way to read texts": [settings.tokenize.max_length, settings.prepare.case, settings.prepare.text],
         "data (its sha256)": data["sha256"],
         "split of the data (params.yaml: prepare)": settings.prepare.model_dump(mode="json"),
     }
@@ -80,11 +80,11 @@ def check(members: Sequence[Member], settings: Params, tokenizer: Path, data: di
 
 def facts(folder: Path) -> dict[str, Any]:
     """What has to be the same for all members."""
-    metadata, inference = (read_json(folder / f"{name}.json") for name in ("metadata", "inference"))
+    metadata, inference = read_json(folder / "metadata.json"), Inference.load(folder)
     return {
         "classes": metadata["labels"],
         "tokenizer": sha256(folder / "tokenizer.json"),
-        "way to read texts": [inference[name] for name in ("max_length", "lowercase", "text")],
+        "way to read texts": [inference.max_length, inference.case, inference.text],
         "data (its sha256)": metadata["data"]["sha256"],
         "split of the data (params.yaml: prepare)": metadata["params"]["prepare"],
     }

@@ -45,7 +45,7 @@ class Prepare(Section):
     validation: Share
     test: Share
     shares: dict[Text, Annotated[float, Field(gt=0, lt=1)]] | None
-    lowercase: bool
+    case: Literal["as_written", "lower", "truecase"]  # sentiment.text.Case
 
     @field_validator("labels")
     @classmethod

@@ -130,7 +130,7 @@ class EngineClassifier:
     def load(cls, folder: Path, converted: Path, choice: Choice) -> "EngineClassifier":
         """The model folder with the engine of a choice; raises CheckpointError if one of them cannot be read."""
         try:
-            inference = Inference(**read_json(folder / "inference.json"))
+            inference = Inference.load(folder)
             names = read_json(folder / "config.json")["id2label"]
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
@@ -140,7 +140,7 @@ class EngineClassifier:
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
-        cleaned = (text.clean(value, self.inference.lowercase) for value in texts)
+        cleaned = (text.clean(value, self.inference.case) for value in texts)
         input_ids = [np.asarray(ids, np.int64) for ids in encode(self.tokenizer, cleaned)]
         return calibration.probabilities(self.engine.logits(input_ids), self.inference.temperature)
 

@@ -3,20 +3,36 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal
+
+Case = Literal["as_written", "lower", "truecase"]
 
 KEPT_FORMATS = {"\u200d"}  # the joiner inside emoji such as 👩‍🔧
 NOT_TEXT = {"Cc", "Cf", "Cs", "Co", "Cn"}  # control, format, surrogate, private use, unassigned
 WORD = re.compile(r"\w+")
+SHOUTED_LETTERS, SHOUTED_SHARE = 8, 0.6  # capitals, and their share of the letters, from which on a text is in capitals
+SENTENCE_START = re.compile(r"(?:^|[.!?…]\s+)\W*\w")
 
 
-def clean(text: str, lowercase: bool = False) -> str:
-    """The text in NFC, control characters and runs of blanks as one space, none at the ends."""
+def clean(text: str, case: Case = "as_written") -> str:
+    """The text in NFC, control characters and runs of blanks as one space, none at the ends.
+
+    `case`: lower for small letters, truecase for that where the text is in capitals, but for the first letter of each sentence.
+    """
     if not text.isascii() or not text.isprintable():
         text = unicodedata.normalize("NFC", text)
     if not text.isprintable():
         text = "".join(" " if is_not_text(char) else char for char in text)
     text = " ".join(text.split())
-    return text.lower() if lowercase else text
+    if case == "truecase" and is_shouted(text):
+        return SENTENCE_START.sub(lambda found: found[0].upper(), text.lower())
+    return text.lower() if case == "lower" else text
+
+
+def is_shouted(text: str) -> bool:
+    """Whether a text is in capitals, most of it."""
+    capitals = sum(map(str.isupper, text))
+    return capitals >= SHOUTED_LETTERS and capitals > SHOUTED_SHARE * sum(map(str.isalpha, text))
 
 
 def is_not_text(char: str) -> bool:
@@ -24,9 +40,9 @@ def is_not_text(char: str) -> bool:
     return not char.isprintable() and char not in KEPT_FORMATS and unicodedata.category(char) in NOT_TEXT
 
 
-def join(parts: Sequence[str | None], lowercase: bool = False) -> str:
+def join(parts: Sequence[str | None], case: Case = "as_written") -> str:
     """One text from several columns, each cleaned, the empty ones left out."""
-    return " - ".join(filter(None, (clean(part, lowercase) for part in parts if part)))
+    return " - ".join(filter(None, (clean(part, case) for part in parts if part)))
 
 
 def key(text: str) -> str:

@@ -47,7 +47,7 @@ class Model:
         start = time.perf_counter()
         folder, choice = Path(prepared["folder"]), Choice(**prepared["choice"])
         try:
-            inference = Inference(**read_json(folder / "inference.json"))
+            inference = Inference.load(folder)
             names = read_json(folder / "config.json")["id2label"]
         except Exception as error:
             raise CheckpointError(f"{folder} is no model of this project ({first_line(error)})") from error
@@ -82,7 +82,7 @@ class Model:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Token ids of texts as people write them, and whether each was cut at the model's length."""
-        cleaned = [text.clean(value, self.inference.lowercase) for value in texts]
+        cleaned = [text.clean(value, self.inference.case) for value in texts]
         found = self.tokenizer.encode_batch_fast(cleaned) if len(texts) > 1 else [self.tokenizer.encode(cleaned[0])]
         return [np.asarray(each.ids, np.int64) for each in found], [bool(each.overflowing) for each in found]
 

@@ -64,7 +64,7 @@ def describe(raw: pd.DataFrame, settings: params.Prepare) -> pd.DataFrame:
     """The raw columns but the text's, and: text, key (what duplicates share), rating, label (-1: none), split, review_id."""
     reviews = raw.drop(columns=[*settings.text, *(set(OWN_COLUMNS) & set(raw) - {settings.rating})], errors="ignore")
     parts = [raw[name].astype("string").fillna("") for name in settings.text]
-    reviews["text"] = [text.join(row, settings.lowercase) for row in zip(*parts, strict=True)]
+    reviews["text"] = [text.join(row, settings.case) for row in zip(*parts, strict=True)]
     reviews["key"] = [text.key(value) for value in reviews["text"]]
     reviews["rating"] = numbers(raw, settings.rating)
     reviews["label"] = labels(reviews["rating"], settings)

@@ -12,6 +12,7 @@ from sentiment.calibration import probabilities
 from sentiment.checkpoint import load_model, save_word_piece, word_piece
 from sentiment.classifier import Classifier, Inference
 from sentiment.errors import CheckpointError, TrainingError
+from sentiment.files import read_json, write_json
 from sentiment.params import Model
 from sentiment.tokens import encode, ragged
 
@@ -39,7 +40,7 @@ def build(folder, labels, **inference):
                 parameter.mul_(8)
     model.save_pretrained(folder)
     save_word_piece(tokenizer, folder)
-    fixed = {"max_length": 64, "lowercase": False, "text": ["review_text"], "temperature": 1.5, "threshold": 0.4}
+    fixed = {"max_length": 64, "case": "as_written", "text": ["review_text"], "temperature": 1.5, "threshold": 0.4}
     Inference(**fixed | inference).save(folder)
     return folder
 
@@ -109,12 +110,25 @@ def test_texts_are_cleaned_as_in_training(classifier, written):
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
-def test_lowercase_is_applied_where_the_model_was_trained_so(copy, classifier):
-    change_inference(copy, lowercase=True)
-    lower = Classifier.load(copy, "cpu").probabilities(["ÓTIMO, Não recomendo", "ótimo, não recomendo"])
-    np.testing.assert_allclose(lower[0], lower[1], atol=1e-5)
-    cased = classifier.probabilities(["ÓTIMO, Não recomendo", "ótimo, não recomendo"])
+@pytest.mark.parametrize("case", ["lower", "truecase"])
+def test_the_case_is_that_in_which_the_model_was_trained(copy, classifier, case):
+    change_inference(copy, case=case)
+    written = {
+        "lower": ["ÓTIMO, Não recomendo", "ótimo, não recomendo"],
+        "truecase": ["ÓTIMO, NÃO RECOMENDO", "Ótimo, não recomendo"],
+    }
+    found = Classifier.load(copy, "cpu").probabilities(written[case])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    cased = classifier.probabilities(written[case])
     assert abs(cased[0] - cased[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("lowercase", "case"), [(True, "lower"), (False, "as_written")])
+def test_a_model_of_before_there_was_a_case_is_read(copy, lowercase, case):
+    values = read_json(copy / "inference.json")
+    del values["case"]
+    write_json(copy / "inference.json", values | {"lowercase": lowercase})
+    assert Classifier.load(copy, "cpu").inference.case == case
 
 
 def test_texts_are_cut_at_the_models_length(copy):
@@ -138,7 +152,7 @@ def test_a_three_class_model_answers_with_its_three_labels(tmp_path):
 
 
 def test_what_is_saved_is_loaded_again(folder, classifier, tmp_path):
-    assert classifier.inference == Inference(64, False, ["review_text"], 1.5, 0.4)
+    assert classifier.inference == Inference(64, "as_written", ["review_text"], 1.5, 0.4)
     assert classifier.labels == TWO
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in classifier.model.state_dict().items() if name in weights)

@@ -232,9 +232,9 @@ def test_title_and_text_are_joined(run):
 
 
 def test_lowercase_is_asked_for(run):
-    frames, _ = run(with_rows(review("ÓTIMO Celular")), lowercase=True)
+    frames, _ = run(with_rows(review("ÓTIMO Celular")), case="lower")
     assert "ótimo celular" in set(kept(frames)["text"])
-    frames, _ = run(with_rows(review("ÓTIMO Celular")), lowercase=False)
+    frames, _ = run(with_rows(review("ÓTIMO Celular")), case="as_written")
     assert "ÓTIMO Celular" in set(kept(frames)["text"])
 
 

@@ -157,7 +157,7 @@ def test_a_production_model_that_has_learnt_from_all_test_reviews_blocks_a_promo
 
 def save_inference(folder, threshold):
     """How the model in a folder is to be read; returns the folder."""
-    Inference(max_length=16, lowercase=False, text=["review_text"], temperature=1.0, threshold=threshold).save(folder)
+    Inference(max_length=16, case="as_written", text=["review_text"], temperature=1.0, threshold=threshold).save(folder)
     return folder
 
 

@@ -31,7 +31,29 @@ def test_what_a_reader_sees_is_kept(raw):
 
 
 def test_lowercase_is_asked_for():
-    assert text.clean("ÓTIMO Celular", lowercase=True) == "ótimo celular"
+    assert text.clean("ÓTIMO Celular", case="lower") == "ótimo celular"
+
+
+@pytest.mark.parametrize(
+    ("raw", "read"),
+    [
+        ("NÃO COMPREM!!! PRODUTO RUIM. A TAMPA QUEBROU", "Não comprem!!! Produto ruim. A tampa quebrou"),
+        ("¡ÓTIMO PRODUTO, RECOMENDO", "¡Ótimo produto, recomendo"),
+        ("PRODUTO MUITO BOM... (GOSTEI muito)", "Produto muito bom... (Gostei muito)"),
+        ("SUPER RECOMENDO 👩‍🔧", "Super recomendo 👩‍🔧"),
+    ],
+)
+def test_a_text_in_capitals_is_read_in_small_letters_if_that_is_asked_for(raw, read):
+    assert text.clean(raw, case="truecase") == read
+    assert text.clean(read, case="truecase") == read
+    assert text.clean(raw) == raw
+
+
+@pytest.mark.parametrize(
+    "raw", ["Ótimo celular da LG", "TV SONY", "Produto MUITO BOM e barato", "GOSTEI do aparelho", "", "😍😍", "12345678"]
+)
+def test_what_is_not_in_capitals_stays_as_it_is_written(raw):
+    assert text.clean(raw, case="truecase") == raw
 
 
 def test_cleaning_twice_changes_nothing_and_leaves_no_control_character():
@@ -40,6 +62,8 @@ def test_cleaning_twice_changes_nothing_and_leaves_no_control_character():
     for _ in range(5000):
         cleaned = text.clean("".join(rng.choices(alphabet, k=8)))
         assert text.clean(cleaned) == cleaned
+        cased = text.clean(cleaned, "truecase")
+        assert text.clean(cased, "truecase") == cased
         assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in cleaned)
         assert cleaned == cleaned.strip()
 
@@ -48,7 +72,7 @@ def test_columns_are_joined_by_a_dash_and_empty_ones_left_out():
     assert text.join(["Muito bom", " Chegou\nrápido "]) == "Muito bom - Chegou rápido"
     assert text.join([None, "Chegou rápido", "  "]) == "Chegou rápido"
     assert text.join([None, ""]) == ""
-    assert text.join(["BOM", "Útil"], lowercase=True) == "bom - útil"
+    assert text.join(["BOM", "Útil"], case="lower") == "bom - útil"
 
 
 @pytest.mark.parametrize(
