@@ -24,6 +24,7 @@ TINY = {
     "train.layer_decay": 1.0,
     "train.batch_tokens": 512,
     "evaluate.bootstrap": 100,
+    "promote.min_f1": None,
     "promote.min_class_f1": None,
     "promote.min_slice_accuracy": None,
     "promote.max_check_failure_rate": None,
