@@ -64,7 +64,7 @@ def best_f1(way: str, seed: int, epochs: int, folder: Path) -> float:
     values["model"] |= {"vocab_size": 12_000, "hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 1024}
     values["train"] |= {
         "device": "cpu", "seed": seed, "epochs": epochs, "patience": None, "batch_tokens": BATCH_TOKENS, "batching": WAYS[way],
-        "lr": 5e-4, "layer_decay": 1.0, "checkpoint_every": 10**9, "log_every": 50,
+        "lr": 5e-4, "layer_decay": 1.0, "adversarial": 0.0, "checkpoint_every": 10**9, "log_every": 50,
     }  # fmt: skip
     settings: params.Params = params.check(values)
     loop.seed(seed)

@@ -134,6 +134,7 @@ class Loop(ABC):
     """
 
     kind_of_progress = Progress
+    passes = 1  # forward and backward of each batch
 
     def __init__(
         self, base: Any, module: torch.nn.Module, train: Feed, settings: Steps, ready: tuple[Accelerator, str],
@@ -230,11 +231,20 @@ class Loop(ABC):
 
         Divided by its own weight, a batch of many short texts would count no more than one of a few long ones.
         """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.settings.lr * rate(self.progress.step, self.total, self.settings)
+        loss = self.add_gradients(micro_batches)
+        self.add_more_gradients(micro_batches)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def add_gradients(self, micro_batches: list[np.ndarray]) -> torch.Tensor:
+        """Add the gradients of a step's loss to what is there; returns the loss of the rows of this process."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         total = self.step_weight
         loss = torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.settings.lr * rate(self.progress.step, self.total, self.settings)
         for index, rows in enumerate(micro_batches):
             mine = rows[rank::world]
             last = index == len(micro_batches) - 1
@@ -242,10 +252,10 @@ class Loop(ABC):
                 part = self.loss(mine if len(mine) else rows[:1]) / total * (len(mine) > 0)
                 self.accelerator.backward(part * world)
             loss += part.detach()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss
+
+    def add_more_gradients(self, micro_batches: list[np.ndarray]) -> None:  # noqa: B027  most loops have no more
+        """Add what else a step is to learn from its batches."""
 
     def computed(self, micro_batches: list[np.ndarray]) -> int:
         """Tokens that a step is computed on by all processes, padding included."""
@@ -262,7 +272,7 @@ class Loop(ABC):
         seconds = time.perf_counter() - window.start
         learning_rate = self.settings.lr * rate(progress.step - 1, self.total, self.settings)
         lengths = np.concatenate(window.lengths)
-        flops = step_flops(self.base, lengths, self.wanted(lengths)) / seconds / self.accelerator.num_processes
+        flops = self.passes * step_flops(self.base, lengths, self.wanted(lengths)) / seconds / self.accelerator.num_processes
         share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
         padding = 100 * (1 - lengths.sum() / window.computed)
         log.info(

@@ -131,6 +131,7 @@ class Train(Steps):
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    adversarial: Annotated[float, Field(ge=0)]
 
 
 class CrossValidation(Section):

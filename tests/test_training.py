@@ -126,8 +126,9 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path, monkeypatch)
     assert weights(loop) == seen[1]
 
 
-def test_a_step_of_two_batches_is_the_step_of_the_two_together(tmp_path):
-    calm = {"lr": 1e-3}
+@pytest.mark.parametrize("adversarial", [0.0, 0.5])
+def test_a_step_of_two_batches_is_the_step_of_the_two_together(tmp_path, adversarial):
+    calm = {"lr": 1e-3, "adversarial": adversarial}
     one, _ = loop_in(tmp_path / "one", change=no_dropout, **calm)
     two, _ = loop_in(tmp_path / "two", change=no_dropout, **calm)
     rows = np.arange(24)
@@ -135,6 +136,46 @@ def test_a_step_of_two_batches_is_the_step_of_the_two_together(tmp_path):
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
     for first, second in zip(one.base.parameters(), two.base.parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adversarial_step_adds_the_gradients_where_the_loss_rises_fastest(tmp_path, monkeypatch):
+    """Against the same sums by torch's own autograd, through transformers' forward."""
+    loop, _ = loop_in(tmp_path, change=no_dropout, adversarial=0.7, lr=1e-30, max_grad_norm=1e9)
+    rows, found = np.arange(20), {}
+    batch = loop.feed.batch(rows)
+    model, table = loop.base, loop.base.get_input_embeddings().weight
+    before = table.detach().clone()
+
+    def gradients():
+        summed = cross_entropy(model(**batch.inputs).logits, batch.labels, reduction="sum") / loop.step_weight
+        return torch.autograd.grad(summed, list(model.parameters()))
+
+    plain = dict(zip((name for name, _ in model.named_parameters()), gradients(), strict=True))
+    direction = plain["bert.embeddings.word_embeddings.weight"]
+    with torch.no_grad():
+        table += 0.7 * direction / direction.norm()
+    moved = dict(zip(plain, gradients(), strict=True))
+    with torch.no_grad():
+        table.copy_(before)
+    step = loop.optimizer.step
+    seen = lambda: found.update({name: each.grad.clone() for name, each in model.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(loop.optimizer, "step", lambda: (seen(), step()))
+    loss = float(loop.step([rows]))
+    assert loss == pytest.approx(loop.loss(rows).item() / loop.step_weight, rel=1e-5)
+    assert torch.equal(table, before)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name] + moved[name], atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(found["classifier.weight"], 2 * plain["classifier.weight"], rtol=1e-3)
+
+
+def test_a_gradient_that_is_no_number_does_not_reach_the_embeddings(tmp_path):
+    loop, _ = loop_in(tmp_path, adversarial=0.5, lr=1e-30)
+    table = loop.base.get_input_embeddings().weight
+    before = table.detach().clone()
+    loop.add_gradients([np.arange(8)])
+    table.grad[3, 2] = float("inf")
+    loop.add_more_gradients([np.arange(8)])
+    assert torch.equal(table, before)
 
 
 def test_the_loss_is_torchs_own_weighted_and_smoothed_mean(tmp_path):
@@ -239,7 +280,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
         "import json, pathlib, sys, test_training as t\n"
         "from accelerate import PartialState\n"
         "folder = pathlib.Path(sys.argv[1]) / str(PartialState(cpu=True).process_index)\n"
-        "loop, points = t.loop_in(folder, change=t.no_dropout)\n"
+        "loop, points = t.loop_in(folder, change=t.no_dropout, adversarial=0.5)\n"
         "loop.folder = pathlib.Path(sys.argv[1]) / 'checkpoint'\n"
         "loop.run()\n"
         "if loop.accelerator.is_main_process: (pathlib.Path(sys.argv[1]) / 'points.json').write_text(json.dumps(points))\n"
