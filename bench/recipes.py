@@ -198,8 +198,7 @@ class Ours(Run):
             "device": self.device.type, "precision": "auto", "epochs": epochs, "batch_tokens": self.batch_tokens, "lr": self.lr,
             "warmup": 0.1, "decay": "linear", "accumulation": 1, "log_every": 20, "checkpoint_every": 10**9, "seed": 0,
             "batching": "auto", "compile": self.compiled, "class_weights": None, "label_smoothing": 0.0, "max_grad_norm": 1.0,
-            "layer_decay": 1.0,
-            "adversarial": 0.0,
+            "layer_decay": 1.0, "adversarial": 0.0,
         }  # fmt: skip
         split, held_out = (self.ragged(*each) for each in (self.data[1:3], self.data[3:5]))
         loop = training.FineTuning(

@@ -4,9 +4,8 @@ Requests wait in the order of their arrival. A batch takes one text of each requ
 again while texts fit. So the oldest request is in every batch, a request of one text is not held up by one of hundreds, and
 that one gets on with each batch, too.
 
-An engine that has lanes (sentiment/engines.py) computes what waits at once on all its threads, which is soonest done, as long as
-few texts are in flight. Of many it fills its lanes, side by side, which gets more done: the threads of a lane wait for nobody,
-whatever else takes a share of the cores. A simulation of the closed loop chose between the two, for the 99th percentile.
+An engine that has lanes (sentiment/engines.py) computes a lone text on all its threads, which is soonest done, and what waits in
+a line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share of the cores.
 """
 
 import threading
@@ -23,10 +22,6 @@ LOOK_AHEAD = 4  # texts, beyond those that fit, that may go before one of them
 USUAL = 0.9  # tokens that are computed for a usual batch's cost of one
 STEP = 32  # tokens that a lane's batch is padded to a multiple of (sentiment.packing.row_width)
 SHORTEST = 4  # tokens that a text takes at least (sentiment.packing.capacity)
-CROWDED, CALM = (
-    2.5,
-    1.25,
-)  # tokens in flight, in fills of all lanes: from more than the first on, lanes; from the second down, all
 
 
 class Engine(Protocol):
@@ -102,8 +97,6 @@ class Batcher:
         self.requests: deque[Request] = deque()
         self.waiting = 0
         self.waiting_tokens = 0
-        self.computing_tokens = 0
-        self.crowded = False
         self.tokens_per_second = 1000.0
         self.changed = threading.Condition()
         self.closed = False
@@ -146,10 +139,9 @@ class Batcher:
         """Take batch after batch until closed and empty."""
         while work := self.take():
             engine, picked = work
-            tokens = self.compute(engine, picked)
+            self.compute(engine, picked)
             with self.changed:
                 self.busy.remove(engine)
-                self.computing_tokens -= tokens
                 self.changed.notify_all()
 
     def take(self) -> tuple[Engine, Picked] | None:
@@ -161,35 +153,26 @@ class Batcher:
                 self.drop_late()
                 if self.requests and (engine := self.free_engine(self.requests[0].model)):
                     self.busy.append(engine)
-                    return engine, self.pick(engine, self.requests[0].model)
+                    return engine, self.pick(engine, engine is not self.requests[0].model)
                 if self.closed and not self.requests:
                     return None
                 self.changed.wait()
 
     def free_engine(self, model: Loaded) -> Engine | None:
-        """What is to compute the next batch: all of the engine for a lone text or while few are in flight, else a lane."""
-        alone = self.waiting == 1 and not self.busy
-        if alone or not (model.lanes and self.many_in_flight(model)):
-            return None if self.busy else model
+        """What is to compute the next batch: all of the engine for a lone text or what one lane would hold, else the lanes."""
+        few = self.waiting == 1 or self.waiting_tokens <= (model.lanes[0].batch_tokens if model.lanes else 0)
+        if not self.busy and (few or not model.lanes):
+            return model
         if any(each not in model.lanes for each in self.busy):
             return None
         return next((lane for lane in model.lanes if lane not in self.busy), None)
 
-    def many_in_flight(self, model: Loaded) -> bool:
-        """Whether enough texts are in flight to keep the lanes filled; between the two bounds what was said last stands."""
-        fills = (self.waiting_tokens + self.computing_tokens) / lanes_tokens(model)
-        self.crowded = fills > (CALM if self.crowded else CROWDED)
-        return self.crowded
-
-    def pick(self, engine: Engine, model: Loaded) -> Picked:
-        """Take a batch out of the line: for a lane what fills it, for all of an engine that has lanes what waits."""
-        lane = engine is not model
-        budget = engine.batch_tokens if lane or not model.lanes else max(model.batch_tokens, int(CROWDED * lanes_tokens(model)))
-        picked = pick(self.requests, model, budget, STEP if lane else 1)
-        tokens = sum(len(request.reviews[index]) for request, index in picked)
-        self.waiting -= len(picked)
-        self.waiting_tokens -= tokens
-        self.computing_tokens += tokens
+    def pick(self, engine: Engine, lane: bool) -> Picked:
+        """Take a batch out of the line."""
+        picked = pick(self.requests, self.requests[0].model, engine.batch_tokens, STEP if lane else 1)
+        for request, index in picked:
+            self.waiting -= 1
+            self.waiting_tokens -= len(request.reviews[index])
         self.requests = deque(request for request in self.requests if request.left)
         if self.requests:
             self.changed.notify()  # another thread may have a lane for them
@@ -211,8 +194,8 @@ class Batcher:
             self.waiting_tokens -= request.tokens_left
             request.done(TimeoutError("the answer took too long"))
 
-    def compute(self, engine: Engine, picked: Picked) -> int:
-        """Compute a batch, and hand over the requests that are complete with it; returns its tokens."""
+    def compute(self, engine: Engine, picked: Picked) -> None:
+        """Compute a batch, and hand over the requests that are complete with it."""
         reviews = [request.reviews[index] for request, index in picked]
         tokens, start = sum(map(len, reviews)), time.perf_counter()
         try:
@@ -220,7 +203,7 @@ class Batcher:
         except Exception as error:
             for request in {id(request): request for request, _ in picked}.values():
                 self.give_up(request, error)
-            return tokens
+            return
         seconds = time.perf_counter() - start
         with self.changed:
             rate = tokens * len(self.busy) / max(seconds, 1e-6)
@@ -230,7 +213,6 @@ class Batcher:
             request.done(np.stack(request.logits))
         if self.observe:
             self.observe(len(picked), tokens, seconds)
-        return tokens
 
     def give_up(self, request: Request, error: Exception) -> None:
         """Take what is left of a failed request out of the line."""
@@ -286,11 +268,6 @@ def filling(first: int, lengths: Sequence[int], budget: int, step: int) -> list[
             chosen.append(k)
             total -= lengths[k]
     return chosen[::-1]
-
-
-def lanes_tokens(model: Loaded) -> int:
-    """The tokens that fill all lanes of an engine."""
-    return sum(lane.batch_tokens for lane in model.lanes)
 
 
 def tokens_of(request: Request, index: int) -> int:

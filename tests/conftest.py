@@ -22,7 +22,6 @@ TINY = {
     "model.vocab_size": 1000,
     "train.epochs": 2,
     "train.layer_decay": 1.0,
-    "train.adversarial": 0.0,
     "train.batch_tokens": 512,
     "evaluate.bootstrap": 100,
     "promote.min_f1": None,

@@ -26,7 +26,7 @@ def settings(**changes):
     values["model"] |= tiny
     values["tokenize"]["max_length"] = 32
     short = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_tokens": 256, "log_every": 3, "checkpoint_every": 4}
-    values["train"] |= short | {"lr": 0.003, "layer_decay": 1.0, "adversarial": 0.0} | changes
+    values["train"] |= short | {"lr": 0.003, "layer_decay": 1.0} | changes
     return params.check(values)
 
 
