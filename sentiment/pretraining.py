@@ -4,10 +4,15 @@
 masked language model, the generator, fill the hidden places, and the model say of every token whether it stood there
 (ELECTRA, Clark et al. 2020); the two share the token embeddings as in DeBERTaV3 (He et al. 2021): what the generator learns
 reaches the model, what the model learns stays with the model.
+
+With a list of words of praise and complaint `mlm` hides these before others, and has the model name those of a text from its
+[CLS], too, in the manner of sentiment masking and sentiment word prediction of SKEP (Tian et al. 2020): what a classifier
+reads then holds what the text is for.
 """
 
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from sentiment import pretraining_params as params
-from sentiment.bert import PaddedBert, VarlenBert
+from sentiment.bert import Layout, PaddedBert, VarlenBert
 from sentiment.devices import describe
 from sentiment.errors import CheckpointError
 from sentiment.feed import Feed
@@ -27,21 +32,30 @@ from sentiment.tokens import Tokens
 
 DETECTION_WEIGHT = 50.0  # of the loss of telling replaced tokens, beside the generator's (Clark et al. 2020, table 6)
 SHOWN_AS_IS, SHOWN_AS_ANOTHER = 0.1, 0.1  # shares of the hidden tokens that mlm does not show as [MASK] (Devlin et al. 2019)
+SENTIMENT_CHANCE = 0.2  # a word of sentiment is hidden before others whose drawn number is 5 times its own or more
 VALIDATION_TOKENS = 8192
 VALIDATION_SEED = 0
 log = logging.getLogger(__name__)
 
 
 class Vocabulary(NamedTuple):
-    """What masking has to know of a tokenizer: [MASK]'s id, and bool [vocabulary] of special tokens and of continuations."""
+    """What masking has to know of a tokenizer: [MASK]'s id, and which tokens are special, continuations, words of sentiment.
+
+    The last three are bool [vocabulary].
+    """
 
     mask_id: int
     special: torch.Tensor
     continues: torch.Tensor
+    sentiment: torch.Tensor
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int) -> "Vocabulary":
-        """The facts of a WordPiece tokenizer, for a model with `size` embeddings; raises CheckpointError if it has no [MASK]."""
+    def of(cls, tokenizer: Tokenizer, size: int, words: Iterable[str] = ()) -> "Vocabulary":
+        """The facts of a WordPiece tokenizer, for a model with `size` embeddings.
+
+        `words` are those of sentiment; they count as they stand, capitalized and in capitals, where they are one token.
+        Raises CheckpointError if the tokenizer has no [MASK], or none of the words as a token.
+        """
         special, continues = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
         for token, number in tokenizer.get_vocab().items():
             continues[number] = token.startswith("##")
@@ -49,7 +63,20 @@ class Vocabulary(NamedTuple):
             special[number] = added.special
         if (mask_id := tokenizer.token_to_id("[MASK]")) is None:
             raise CheckpointError("the tokenizer has no token [MASK], which pre-training hides words by; take another checkpoint")
-        return cls(mask_id, special, continues)
+        return cls(mask_id, special, continues, one_token(tokenizer, size, list(words)))
+
+
+def one_token(tokenizer: Tokenizer, size: int, words: list[str]) -> torch.Tensor:
+    """Which tokens are one of the words: bool [size]; raises CheckpointError if there are words and none is a token."""
+    found = torch.zeros(size, dtype=torch.bool)
+    forms = {form for word in words for form in (word, word.capitalize(), word.upper())}
+    numbers = [number for form in sorted(forms) if (number := tokenizer.token_to_id(form)) is not None]
+    if words and not numbers:
+        raise CheckpointError(
+            "train.sentiment_words: the tokenizer has none of them as a token; name others, or set train.sentiment_weight to 0"
+        )
+    found[numbers] = True
+    return found
 
 
 class Masking(nn.Module):
@@ -62,15 +89,24 @@ class Masking(nn.Module):
         self.continues: torch.Tensor
         self.register_buffer("special", vocabulary.special, persistent=False)
         self.register_buffer("continues", vocabulary.continues, persistent=False)
+        self.sentiment: torch.Tensor
+        self.register_buffer("sentiment", vocabulary.sentiment, persistent=False)
 
     def places(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
         """Which `count` tokens are to be named: int64 [count], whole words but perhaps the last, none of them special.
 
+        Words of sentiment come before others: the number that a word draws is multiplied by SENTIMENT_CHANCE.
         The number is given, and not drawn, so that shapes are known before the device has computed anything.
         """
         word = (~self.continues[input_ids]).cumsum(0) - 1  # a batch begins with [CLS], which begins a word
         chance = torch.rand(len(input_ids), device=input_ids.device)[word]
+        chance = torch.where(self.of_sentiment(input_ids), SENTIMENT_CHANCE * chance, chance)
         return chance.masked_fill_(self.special[input_ids], 2.0).topk(count, largest=False).indices
+
+    def of_sentiment(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens are whole words of sentiment: bool [tokens]."""
+        goes_on = functional.pad(self.continues[input_ids[1:]], (0, 1))
+        return self.sentiment[input_ids] & ~goes_on
 
     def hide(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The ids with [MASK] at the places."""
@@ -85,24 +121,44 @@ class Masking(nn.Module):
 
 
 class MaskedModel(nn.Module):
-    """Masked-language modelling with a BertForMaskedLM of transformers."""
+    """Masked-language modelling with a BertForMaskedLM of transformers.
 
-    names = ("loss",)
-    weights = (1.0,)
+    `sentiment_weight` is that of the loss of naming hidden words of sentiment from [CLS]; without such words in the vocabulary
+    there is no such loss.
+    """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, packed: bool) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, packed: bool, sentiment_weight: float = 0.0) -> None:
         super().__init__()
         self.reader = read(model, packed)
         self.head: Any = model.cls
         self.masking = Masking(vocabulary)
+        self.of_sentiment = bool(vocabulary.sentiment.any())
+        self.names = ("loss", "sentiment_loss") if self.of_sentiment else ("loss",)
+        self.weights = (1.0, sentiment_weight) if self.of_sentiment else (1.0,)
 
     def forward(self, count: int, **inputs: Any) -> torch.Tensor:
-        """The mean cross-entropy of `count` hidden tokens, in nats: [1]."""
+        """The mean cross-entropy of `count` hidden tokens, and of the words of sentiment among them named from [CLS]: [1] or [2].
+
+        In nats; both by the same head.
+        """
         layout = self.reader.layout(**inputs)
-        places = self.masking.places(layout.input_ids, count)
-        shown = layout._replace(input_ids=self.masking.hide_most(layout.input_ids, places))
-        logits = self.head(self.reader.encode(shown, places)).float()
-        return functional.cross_entropy(logits, layout.input_ids[places])[None]
+        input_ids = layout.input_ids
+        places = self.masking.places(input_ids, count)
+        shown = layout._replace(input_ids=self.masking.hide_most(input_ids, places))
+        asked = torch.cat([places, layout.first]) if self.of_sentiment else places
+        logits = self.head(self.reader.encode(shown, asked)).float()
+        losses = [functional.cross_entropy(logits[:count], input_ids[places])]
+        if self.of_sentiment:
+            counted = self.masking.of_sentiment(input_ids)[places]
+            losses.append(self.from_first(logits[count:], layout, places, counted))
+        return torch.stack(losses)
+
+    def from_first(self, logits: torch.Tensor, layout: Layout, places: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the tokens at `places` that are counted, by the logits [texts, vocabulary] of their text."""
+        begins = torch.zeros_like(layout.input_ids).index_fill_(0, layout.first, 1)
+        text = (begins.cumsum(0) - 1)[places]
+        named = logits[text, layout.input_ids[places]] - logits.logsumexp(-1)[text]
+        return -(named * counted).sum() / counted.sum().clamp(min=1)
 
 
 class ReplacedTokens(nn.Module):

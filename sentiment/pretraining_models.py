@@ -28,9 +28,10 @@ def build(settings: Params, tokenizer: Tokenizer) -> tuple[Any, MaskedModel | Re
         raise TrainingError("train.batching packed needs train.precision bf16 or fp16 on CUDA; set one of the two to auto")
     packed = settings.train.batching == "packed" or (settings.train.batching == "auto" and packs)
     masked = masked_bert(settings, tokenizer)
-    vocabulary = Vocabulary.of(tokenizer, masked.config.vocab_size)
+    words = settings.train.sentiment_words if settings.train.sentiment_weight else []
+    vocabulary = Vocabulary.of(tokenizer, masked.config.vocab_size, words)
     if settings.train.objective == "mlm":
-        module: MaskedModel | ReplacedTokens = MaskedModel(masked, vocabulary, packed)
+        module: MaskedModel | ReplacedTokens = MaskedModel(masked, vocabulary, packed, settings.train.sentiment_weight)
         model = masked
     else:
         model = masked.bert

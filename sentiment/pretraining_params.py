@@ -32,6 +32,8 @@ class Train(Steps):
     objective: Literal["mlm", "rtd"]
     generator_layers: Count
     mask: Share
+    sentiment_words: list[Text]
+    sentiment_weight: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     perplexity_texts: Count
 
@@ -43,6 +45,14 @@ class Params(Section):
     tokens: Tokens
     model: Model
     train: Train
+
+    @model_validator(mode="after")
+    def words_of_sentiment_are_for_mlm(self) -> "Params":
+        if self.train.sentiment_weight and self.train.objective != "mlm":
+            raise ValueError("train.sentiment_weight needs train.objective mlm; set it to 0 for rtd")
+        if self.train.sentiment_weight and not self.train.sentiment_words:
+            raise ValueError("train.sentiment_weight needs words in train.sentiment_words; name some, or set it to 0")
+        return self
 
     @model_validator(mode="after")
     def a_batch_holds_a_text(self) -> "Params":
