@@ -4,12 +4,6 @@ Run: gunicorn -c serve/gunicorn.conf.py serve.app:app
 """
 
 import logging
-import os
-import re
-import time
-import uuid
-from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -19,14 +13,12 @@ from flask_openapi3 import Info, OpenAPI
 from pydantic_core import from_json
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnprocessableEntity
 
-from serve import logs, metrics, pages, predictions, problems, schemas, state
+from serve import logs, observation, pages, predictions, problems, schemas, state
 from serve.settings import Settings, load, unknown
-from serve.supervisor import RUN_FOLDER
+from serve.supervisor import socket_path
 from serve.wire import Client
 from serve.worker import READ
 
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"}
 log = logging.getLogger("serve.request")
 
 
@@ -97,13 +89,6 @@ def create_app(settings: Settings | None = None, client: Any = None) -> Flask:
     return app
 
 
-def socket_path() -> Path:
-    """Where the model's process listens."""
-    if RUN_FOLDER not in os.environ:
-        raise SystemExit("the service is more than this application: gunicorn -c serve/gunicorn.conf.py serve.app:app")
-    return Path(os.environ[RUN_FOLDER]) / "predictor.sock"
-
-
 def security(settings: Settings) -> dict[str, Any]:
     """The OpenAPI document's word on the key, if one is needed."""
     return {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}} if settings.api_key else {}
@@ -114,43 +99,19 @@ def observe(app: Flask, settings: Settings) -> None:
 
     @app.before_request
     def begin() -> None:
-        g.start = time.perf_counter()
-        given = request.headers.get("X-Request-ID", "")
-        g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        observation.begin(request.environ)
+        g.request_id = request.environ[observation.ID]
         if request.method in ("GET", "HEAD", "OPTIONS"):
             request.environ.get(READ, lambda: None)()
 
     @app.after_request
     def end(response: Response) -> Response:
-        seconds = time.perf_counter() - g.get("start", time.perf_counter())
+        observation.begin(request.environ)
         route = request.url_rule.rule if request.url_rule else "none"
-        method = request.method if request.method in METHODS else "other"
-        metrics.requests.labels(method, route, response.status_code).inc()
-        metrics.latency.labels(route).observe(seconds)
-        logs.event(
-            log, logging.INFO, "request", id=g.get("request_id"), client=client_address(settings), method=request.method,
-            path=request.path, status=response.status_code, ms=round(1000 * seconds, 2),
-        )  # fmt: skip
-        response.headers["X-Request-ID"] = g.get("request_id", "")
-        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        observation.answered(request.environ, settings, route, request.path, str(response.status_code))
+        for name, value in observation.headers(request.environ[observation.ID]):
+            response.headers.setdefault(name, value)
         return response
-
-
-def client_address(settings: Settings) -> str:
-    """Who asks: the last address that no trusted proxy vouches for; without trusted proxies, who is connected."""
-    address = request.remote_addr or "unix"
-    hops = [hop.strip() for hop in ",".join(request.headers.getlist("X-Forwarded-For")).split(",") if hop.strip()]
-    while hops and is_trusted(address, settings):
-        address = hops.pop()
-    return address
-
-
-def is_trusted(address: str, settings: Settings) -> bool:
-    """Whether an address is one of the trusted proxies."""
-    try:
-        return any(ip_address(address) in network for network in settings.trusted_proxies)
-    except ValueError:
-        return False
 
 
 def __getattr__(name: str) -> Any:

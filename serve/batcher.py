@@ -4,8 +4,12 @@ Requests wait in the order of their arrival. A batch takes one text of each requ
 again while texts fit. So the oldest request is in every batch, a request of one text is not held up by one of hundreds, and
 that one gets on with each batch, too.
 
-An engine that has lanes (sentiment/engines.py) computes a lone text on all its threads, which is soonest done, and what waits in
-a line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share of the cores.
+An engine that has lanes (sentiment/engines.py) computes what it holds at once on all its threads, which is soonest done, and what
+waits in a longer line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share of
+the cores.
+
+Clients that were answered together come back together, but for a moment. A batch that is not full waits for them that long: one
+batch of four costs less than one of one and one of three.
 """
 
 import threading
@@ -18,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+BATCHES = 4  # whose company the next one waits for
 LOOK_AHEAD = 4  # texts, beyond those that fit, that may go before one of them
 USUAL = 0.9  # tokens that are computed for a usual batch's cost of one
 STEP = 32  # tokens that a lane's batch is padded to a multiple of (sentiment.packing.row_width)
@@ -42,11 +47,14 @@ class Loaded(Engine, Protocol):
 
 @dataclass
 class Request:
-    """Texts of one request as token ids, for the model that made them; `done(logits or an exception)` is called once."""
+    """Texts of one request as token ids, for the model that made them.
+
+    `done` is called once, with an exception, or, unless the batcher has a `deliver`, with the logits.
+    """
 
     model: Any
     reviews: list[np.ndarray]
-    done: Callable[[np.ndarray | Exception], None]
+    done: Callable[[Any], None]
     deadline: float
     arrived: float = field(default_factory=time.monotonic)
     left: list[int] = field(default_factory=list)  # indices of the texts that still wait
@@ -82,7 +90,10 @@ class FullError(Exception):
 
 
 class Batcher:
-    """The waiting requests, and the thread that computes them."""
+    """The waiting requests, and the threads that compute them.
+
+    `deliver` is given the requests that a batch completes, with all of their `logits`.
+    """
 
     def __init__(
         self,
@@ -91,12 +102,19 @@ class Batcher:
         wait_seconds: float = 0.0,
         observe: Callable[[int, int, float], None] | None = None,
         lanes: int = 1,
+        deliver: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
         self.places, self.text_places, self.wait_seconds = places, text_places, wait_seconds
         self.observe = observe
+        self.deliver = deliver or each_done
         self.requests: deque[Request] = deque()
         self.waiting = 0
         self.waiting_tokens = 0
+        self.computing = 0  # texts
+        self.computing_tokens = 0
+        self.ended = 0.0  # when a batch was last computed, by time.monotonic
+        self.most = 0  # texts that waited or were computed at a time since the last batch began
+        self.lately: deque[int] = deque(maxlen=BATCHES)  # ... and between the batches before
         self.tokens_per_second = 1000.0
         self.changed = threading.Condition()
         self.closed = False
@@ -129,6 +147,7 @@ class Batcher:
             self.requests.append(request)
             self.waiting += len(request.reviews)
             self.waiting_tokens += sum(map(len, request.reviews))
+            self.most = max(self.most, self.waiting + self.computing)
             self.changed.notify()
 
     def seconds_to_wait(self) -> int:
@@ -142,16 +161,20 @@ class Batcher:
             self.compute(engine, picked)
             with self.changed:
                 self.busy.remove(engine)
+                self.computing -= len(picked)
+                self.computing_tokens -= tokens_in(picked)
+                self.ended = time.monotonic()
                 self.changed.notify_all()
 
     def take(self) -> tuple[Engine, Picked] | None:
         """The next batch and what computes it, waiting for both; nothing once closed and empty."""
         with self.changed:
             while True:
-                if self.wait_seconds and self.requests and not self.closed:
-                    self.wait_for_company()
                 self.drop_late()
                 if self.requests and (engine := self.free_engine(self.requests[0].model)):
+                    if (seconds := self.seconds_for_company(engine)) > 0 and not self.closed:
+                        self.changed.wait(seconds)
+                        continue
                     self.busy.append(engine)
                     return engine, self.pick(engine, engine is not self.requests[0].model)
                 if self.closed and not self.requests:
@@ -159,31 +182,38 @@ class Batcher:
                 self.changed.wait()
 
     def free_engine(self, model: Loaded) -> Engine | None:
-        """What is to compute the next batch: all of the engine for a lone text or what one lane would hold, else the lanes."""
-        few = self.waiting == 1 or self.waiting_tokens <= (model.lanes[0].batch_tokens if model.lanes else 0)
-        if not self.busy and (few or not model.lanes):
+        """What is to compute the next batch: all of the engine for a lone text or what it holds at once, else the lanes."""
+        few = self.waiting_tokens + self.computing_tokens <= model.batch_tokens
+        if not self.busy and (self.waiting == 1 or few or not model.lanes):
             return model
-        if any(each not in model.lanes for each in self.busy):
+        if few or any(each not in model.lanes for each in self.busy):
             return None
         return next((lane for lane in model.lanes if lane not in self.busy), None)
 
     def pick(self, engine: Engine, lane: bool) -> Picked:
         """Take a batch out of the line."""
+        self.lately.append(self.most)
         picked = pick(self.requests, self.requests[0].model, engine.batch_tokens, STEP if lane else 1)
+        self.computing += len(picked)
+        self.computing_tokens += tokens_in(picked)
         for request, index in picked:
             self.waiting -= 1
             self.waiting_tokens -= len(request.reviews[index])
+        self.most = self.waiting + self.computing
         self.requests = deque(request for request in self.requests if request.left)
         if self.requests:
             self.changed.notify()  # another thread may have a lane for them
         return picked
 
-    def wait_for_company(self) -> None:
-        """Wait until a batch is full, but not longer than `wait_seconds` after the oldest arrived."""
-        until = self.requests[0].arrived + self.wait_seconds
-        budget = self.requests[0].model.batch_tokens
-        while self.waiting_tokens < budget and (left := until - time.monotonic()) > 0:
-            self.changed.wait(left)
+    def seconds_for_company(self, engine: Engine) -> float:
+        """How long a batch that is not full may wait for as many texts as were here lately; none for a text that comes alone.
+
+        Clients that were answered together mostly come back together, a little later.
+        """
+        lately = max(self.lately, default=0)
+        if self.busy or self.waiting_tokens >= engine.batch_tokens or self.waiting >= lately:
+            return 0.0
+        return max(self.requests[0].arrived, self.ended) + self.wait_seconds - time.monotonic()
 
     def drop_late(self) -> None:
         """Give up requests whose client has stopped waiting."""
@@ -209,8 +239,8 @@ class Batcher:
             rate = tokens * len(self.busy) / max(seconds, 1e-6)
             self.tokens_per_second += 0.1 * (rate - self.tokens_per_second)
             complete = [request for (request, index), values in zip(picked, logits, strict=True) if request.keep(index, values)]
-        for request in complete:
-            request.done(np.stack(request.logits))
+        if complete:
+            self.deliver(complete)
         if self.observe:
             self.observe(len(picked), tokens, seconds)
 
@@ -224,6 +254,12 @@ class Batcher:
             first, request.failed = not request.failed, True
         if first:
             request.done(error)
+
+
+def each_done(requests: Sequence[Request]) -> None:
+    """Hand each request its logits."""
+    for request in requests:
+        request.done(np.stack(request.logits))
 
 
 def pick(requests: deque[Request], model: Loaded, budget: int, step: int = 1) -> Picked:
@@ -273,6 +309,11 @@ def filling(first: int, lengths: Sequence[int], budget: int, step: int) -> list[
 def tokens_of(request: Request, index: int) -> int:
     """What a text takes of a batch."""
     return max(len(request.reviews[index]), SHORTEST)
+
+
+def tokens_in(picked: Picked) -> int:
+    """The tokens of what was taken."""
+    return sum(len(request.reviews[index]) for request, index in picked)
 
 
 def in_turn(requests: deque[Request], model: Loaded) -> Iterator[tuple[Request, int]]:

@@ -13,7 +13,11 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,21 +30,23 @@ PREVIEW = 50  # characters
 PLAIN = re.compile(r"[\w./:@%+,#-]+")
 SHOWN_VERSIONS = ("torch", "transformers", "tokenizers", "openvino", "onnxruntime", "flask", "gunicorn")
 log = logging.getLogger("serve")
+held = threading.local()  # `lines` that wait for the end of `together`
+for unused in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):  # what no line shows is not
+    setattr(logging, unused, None)  # looked up for each, as Python's logging HOWTO advises under "Optimization"
 
 
 def setup(settings: Settings) -> None:
     """Send the log to standard error and to settings.log_file; ends the process if that cannot be written."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    targets: list[logging.StreamHandler[Any]] = [logging.StreamHandler(sys.stderr)]
     if settings.log_file:
         try:
             settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(SharedFile(settings.log_file, settings.log_bytes, settings.log_files))
+            targets.append(SharedFile(settings.log_file, settings.log_bytes, settings.log_files))
         except OSError as error:
             sys.exit(f"the service cannot start:\n  SERVE_LOG_FILE: {error.strerror}: {settings.log_file}")
-    form = JsonFormatter() if settings.log_format == "json" else TextFormatter()
-    for handler in handlers:
-        handler.setFormatter(form)
-    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    handler = Lines(targets)
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("serve", "sentiment", "gunicorn"):
         logging.getLogger(ours).setLevel(settings.log_level)
     logging.captureWarnings(True)
@@ -52,26 +58,53 @@ def event(logger: logging.Logger, level: int, what: str, exc_info: BaseException
         logger.log(level, what, exc_info=exc_info, extra={"fields": fields})
 
 
-class OnceFormatter(logging.Formatter):
-    """Makes a record's line once for all handlers."""
+@contextmanager
+def together() -> Iterator[None]:
+    """Write what this thread logs meanwhile at once, at the end."""
+    lines: list[str] = []
+    held.lines = lines
+    try:
+        yield
+    finally:
+        del held.lines
+        for handler in logging.getLogger().handlers if lines else ():
+            if isinstance(handler, Lines):
+                handler.write(lines)
 
-    def format(self, record: logging.LogRecord) -> str:
-        kept = record.__dict__
-        if "line" not in kept:
-            kept["line"] = self.line(record)
-        return str(kept["line"])
 
-    def line(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        raise NotImplementedError
+class Lines(logging.Handler):
+    """Writes each record's line to all targets."""
+
+    def __init__(self, targets: Sequence["logging.StreamHandler[Any]"]) -> None:
+        super().__init__()
+        self.targets = targets
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or keep it for the end of `together`."""
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if (lines := getattr(held, "lines", None)) is not None:
+            lines.append(line)
+        else:
+            self.write([line])
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Write lines, in one go to each target."""
+        record = logging.makeLogRecord({"msg": "\n".join(lines)})
+        with self.lock or nullcontext():
+            for target in self.targets:
+                target.emit(record)
 
 
-class TextFormatter(OnceFormatter):
+class TextFormatter(logging.Formatter):
     """`2026-01-31 12:00:00,123 INFO serve.request request id=… status=200`."""
 
-    def line(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        stamp = f"{self.formatTime(record)} {record.levelname} {record.name} "
+        stamp = f"{clock(int(record.created))},{int(record.msecs):03d} {record.levelname} {record.name} "
         message = record.getMessage() if hasattr(record, "fields") else one_line(record.getMessage())
         text = " ".join([stamp + message, *(f"{name}={shown(value)}" for name, value in getattr(record, "fields", {}).items())])
         return text + (
@@ -79,10 +112,10 @@ class TextFormatter(OnceFormatter):
         )
 
 
-class JsonFormatter(OnceFormatter):
+class JsonFormatter(logging.Formatter):
     """`{"time": "2026-01-31T12:00:00.123Z", "level": "INFO", "logger": "serve.request", "event": "request", …}`."""
 
-    def line(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         entry = {"time": stamp, "level": record.levelname, "logger": record.name, "event": record.getMessage()}
@@ -91,6 +124,12 @@ class JsonFormatter(OnceFormatter):
             entry["trace"] = self.formatException(record.exc_info)
         text = json.dumps(entry, ensure_ascii=False, default=str)
         return text if text.isprintable() else json.dumps(entry, default=str)
+
+
+@lru_cache(maxsize=4)
+def clock(second: int) -> str:
+    """A time in seconds since the epoch as the local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def one_line(message: str) -> str:
@@ -102,6 +141,8 @@ def shown(value: Any) -> str:
     """A field's value: as it is where nothing in it can be mistaken, else quoted as JSON."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, int):
+        return str(value).lower()  # true and false, as JSON has them
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if PLAIN.fullmatch(text):
         return text

@@ -52,11 +52,6 @@ def waiting(texts: int) -> None:
     queue.set(texts)
 
 
-def rejected() -> None:
-    """Count a request that found no place."""
-    full.inc()
-
-
 def serving(model: "Model", before: "Model | None") -> None:
     """A model went into service in place of the one before."""
     if before:

@@ -16,14 +16,13 @@ from serve.wire import UnreachableError
 log = logging.getLogger("serve.prediction")
 
 
-def check_key(settings: Settings) -> None:
-    """Raise RefusedError unless the request has the key, if one is needed; takes the same time for every wrong key."""
+def has_key(environ: dict[str, Any], settings: Settings) -> bool:
+    """Whether a request has the key, if one is needed; takes the same time for every wrong key."""
     if settings.api_key is None:
-        return
-    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    given = request.headers.get("X-API-Key") or (bearer if scheme.lower() == "bearer" else "")
-    if not hmac.compare_digest(given.encode("utf-8", "replace"), settings.api_key.get_secret_value().encode()):
-        raise RefusedError(401, "an API key is needed, in the header X-API-Key")
+        return True
+    scheme, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    given: str = environ.get("HTTP_X_API_KEY") or (bearer if scheme.lower() == "bearer" else "")
+    return hmac.compare_digest(given.encode("utf-8", "replace"), settings.api_key.get_secret_value().encode())
 
 
 def add(app: OpenAPI, settings: Settings, client: Any) -> None:
@@ -35,26 +34,12 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
 
     @app.before_request
     def check() -> None:
-        if request.method == "POST" and request.url_rule:
-            check_key(settings)
-
-    def classify(texts: list[str]) -> dict[str, Any]:
-        """The model's answer to texts, logged and counted; raises RefusedError."""
-        answer = ask(client, texts, settings.timeout_seconds)
-        for text, result in zip(texts, answer["results"], strict=True):
-            metrics.predictions.labels(result["sentiment"], answer["model_version"]).inc()
-            if result["truncated"]:
-                metrics.truncated.inc()
-            logs.event(
-                log, logging.INFO, "prediction", id=g.request_id, version=answer["model_version"],
-                label=result["sentiment"], score=result["score"], ms=round(1000 * answer["seconds"], 2),
-                truncated=result["truncated"], **logs.text_fields(text, settings.log_text),
-            )  # fmt: skip
-        return answer
+        if request.method == "POST" and request.url_rule and not has_key(request.environ, settings):
+            raise RefusedError(401, "an API key is needed, in the header X-API-Key")
 
     @app.post("/predict", summary="The sentiment of a text", responses={200: schemas.PredictionOfModel, **refusals}, **shared)
     def predict(body: text_body) -> Any:  # type: ignore[valid-type]
-        answer = classify([not_blank(body.text)])  # type: ignore[attr-defined]
+        answer = classify(client, settings, g.request_id, [not_blank(body.text)])  # type: ignore[attr-defined]
         return app.json.response(answer["results"][0] | {"model_version": answer["model_version"]})
 
     @app.post(
@@ -64,7 +49,9 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         texts: list[Any] = body.texts  # type: ignore[attr-defined]
         results: list[Any] = [wrong_with(text, settings.max_text_chars) for text in texts]
         good = [k for k, wrong in enumerate(results) if wrong is None]
-        answer = classify([texts[k] for k in good]) if good else {"results": [], "model_version": None}
+        answer = (
+            classify(client, settings, g.request_id, [texts[k] for k in good]) if good else {"results": [], "model_version": None}
+        )
         for k, result in zip(good, answer["results"], strict=True):
             results[k] = result
         return app.json.response(results=results, model_version=answer["model_version"])
@@ -79,10 +66,30 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         text: str = not_blank(body.text)  # type: ignore[attr-defined]
         spans = explain.words(text)
         most = min(explain.MOST_WORDS, settings.max_texts - 1)
-        answer = classify([text])
+        answer = classify(client, settings, g.request_id, [text])
         whole = answer["results"][0] | {"model_version": answer["model_version"]}
         parts = ask(client, explain.without(text, spans[:most]), settings.timeout_seconds)["results"] if spans[:most] else []
         return app.json.response(explain.explanation(text, spans[:most], whole, parts, len(spans[most:])))
+
+
+def classify(client: Any, settings: Settings, request_id: str, texts: list[str]) -> dict[str, Any]:
+    """The model's answer to texts, logged and counted; raises RefusedError."""
+    answer = ask(client, texts, settings.timeout_seconds)
+    note(settings, request_id, texts, answer)
+    return answer
+
+
+def note(settings: Settings, request_id: str, texts: list[str], answer: dict[str, Any]) -> None:
+    """Log and count the model's answer to texts."""
+    for text, result in zip(texts, answer["results"], strict=True):
+        metrics.predictions.labels(result["sentiment"], answer["model_version"]).inc()
+        if result["truncated"]:
+            metrics.truncated.inc()
+        logs.event(
+            log, logging.INFO, "prediction", id=request_id, version=answer["model_version"],
+            label=result["sentiment"], score=result["score"], ms=round(1000 * answer["seconds"], 2),
+            truncated=result["truncated"], **logs.text_fields(text, settings.log_text),
+        )  # fmt: skip
 
 
 def ask(client: Any, texts: list[str], seconds: float) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def ask(client: Any, texts: list[str], seconds: float) -> dict[str, Any]:
 
 def not_blank(text: str) -> str:
     """The text; raises RefusedError where there is nothing to read in it."""
-    if not clean(text):
+    if not text[:1].isalnum() and not clean(text):
         raise RefusedError(400, "text: holds nothing but blanks")
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 

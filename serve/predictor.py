@@ -14,7 +14,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 
 from serve import logs, metrics, wire
 from serve.batcher import Batcher, FullError, Request
-from serve.model import Model, most_lanes
+from serve.model import most_lanes
 from serve.settings import Settings
 from serve.settings import load as load_settings
 from serve.watcher import Watcher
@@ -39,7 +42,7 @@ class Predictor:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.path = settings, folder / SOCKET
         self.batcher = Batcher(
-            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings)
+            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings), deliver
         )
         self.watcher = Watcher(settings, folder / LAST)
 
@@ -67,32 +70,59 @@ class Predictor:
             threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
 
     def converse(self, connection: socket.socket) -> None:
-        """Answer the messages of a connection, which come one at a time."""
+        """Answer the messages of a connection."""
+        peer = wire.Peer(connection)
         with connection, contextlib.suppress(OSError):
-            while True:
-                self.answer(wire.read(connection), connection)
+            for messages in peer.messages():
+                for message in messages:
+                    if message["do"] == "describe":
+                        peer.send(self.describe())
+                if predictions := [message for message in messages if message["do"] == "predict"]:
+                    self.predict(predictions, peer)
 
-    def answer(self, message: dict[str, Any], connection: socket.socket) -> None:
-        """Answer a message: with what the model says, or with an `error` and its `status`."""
-        if message["do"] == "describe":
-            waiting = {"waiting_requests": len(self.batcher.requests), "waiting_texts": self.batcher.waiting}
-            return wire.send(connection, self.watcher.describe() | waiting)
-        deadline = time.monotonic() + message["seconds"]
-        self.watcher.looked.wait(message["seconds"])
+    def describe(self) -> dict[str, Any]:
+        """The model in service, and what waits."""
+        waiting = {"waiting_requests": len(self.batcher.requests), "waiting_texts": self.batcher.waiting}
+        return self.watcher.describe() | waiting
+
+    def predict(self, messages: list[dict[str, Any]], peer: wire.Peer) -> None:
+        """Answer messages that came together: with what the model says, or with an `error` and its `status`; raises OSError."""
+        now, start = time.monotonic(), time.perf_counter()
+        self.watcher.looked.wait(messages[0]["seconds"])
         model = self.watcher.model
         if model is None:
-            return wire.send(connection, unavailable("no model is loaded yet", int(self.settings.poll_seconds) + 1))
+            answer = unavailable("no model is loaded yet", int(self.settings.poll_seconds) + 1)
+            peer.send(*(answer | {"id": message.get("id")} for message in messages))
+            return
         try:
-            start = time.perf_counter()
-            reviews, cut = model.encode(message["texts"])
-            done = partial(finish, connection, model, cut, start)
-            self.batcher.submit(Request(model, reviews, done, deadline))
-        except FullError as error:
-            metrics.rejected()
-            wire.send(connection, unavailable(str(error), error.retry_after))
+            reviews, cut = model.encode([text for message in messages for text in message["texts"]])
         except Exception as error:
-            finish(connection, model, [], 0.0, error)
+            if len(messages) > 1:  # the fault of one of them
+                for message in messages:
+                    self.predict([message], peer)
+            else:
+                fail(peer, messages[0].get("id"), error)
+            return
+        begins, questions = 0, []
+        for message in messages:
+            part = slice(begins, begins := begins + len(message["texts"]))
+            number = message.get("id")
+            failed = partial(fail, peer, number)
+            left = now + message["seconds"]
+            questions.append(Question(model, reviews[part], failed, left, peer=peer, number=number, cut=cut[part], start=start))
+        with self.batcher.changed:  # so that they can be computed together
+            full = [(question, why) for question in questions if (why := self.submit(question))]
+        if full:
+            metrics.full.inc(len(full))
+            peer.send(*(unavailable(str(why), why.retry_after) | {"id": question.number} for question, why in full))
         metrics.waiting(self.batcher.waiting)
+
+    def submit(self, question: "Question") -> FullError | None:
+        """Put a question in the line, or say that there is no place."""
+        try:
+            self.batcher.submit(question)
+        except FullError as error:
+            return error
         return None
 
     def close(self) -> None:
@@ -100,18 +130,44 @@ class Predictor:
         self.batcher.close()
 
 
-def finish(connection: socket.socket, model: Model, cut: list[bool], start: float, result: np.ndarray | Exception) -> None:
-    """Send the answer to a request whose logits, or whose failure, has come; nothing happens if nobody waits for it any more."""
-    if isinstance(result, TimeoutError):
-        answer: dict[str, Any] = {"error": str(result), "status": 504}
-    elif isinstance(result, Exception):
-        log.error("a prediction failed", exc_info=result)
+@dataclass
+class Question(Request):
+    """A message, and where its answer goes."""
+
+    peer: wire.Peer = field(kw_only=True)
+    number: int | None = field(kw_only=True)  # the message's `id`
+    cut: list[bool] = field(kw_only=True)  # which of its texts were longer than the model reads
+    start: float = field(kw_only=True)
+
+
+def deliver(questions: Sequence[Any]) -> None:
+    """Send the answers to questions whose logits have come; nothing happens if nobody waits for them any more."""
+    answers: dict[wire.Peer, list[dict[str, Any]]] = {}
+    for model in {id(question.model): question.model for question in questions}.values():
+        own: list[Question] = [question for question in questions if question.model is model]
+        logits = np.stack([values for question in own for values in question.logits])
+        results = iter(model.answers(logits, [cut for question in own for cut in question.cut]))
+        for question in own:
+            answer = {
+                "results": list(islice(results, len(question.reviews))),
+                "model_version": model.version,
+                "seconds": time.perf_counter() - question.start,
+                "id": question.number,
+            }
+            answers.setdefault(question.peer, []).append(answer)
+    for peer, found in answers.items():
+        with contextlib.suppress(OSError):
+            peer.send(*found)
+
+
+def fail(peer: wire.Peer, number: int | None, error: Exception) -> None:
+    """Say that a question has no answer."""
+    answer: dict[str, Any] = {"error": str(error), "status": 504}
+    if not isinstance(error, TimeoutError):
+        log.error("a prediction failed", exc_info=error)
         answer = {"error": "the model failed on this text", "status": 500}
-    else:
-        results = model.answers(result, cut)
-        answer = {"results": results, "model_version": model.version, "seconds": time.perf_counter() - start}
     with contextlib.suppress(OSError):
-        wire.send(connection, answer)
+        peer.send(answer | {"id": number})
 
 
 def unavailable(why: str, retry_after: int) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class Settings(BaseSettings):
         None, description="tokens computed together; default: what suits the engine"
     )
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0, description="how long a batch that is not full waits for company; 0: it takes what waits"
+        2.0,
+        description="how long a batch that is not full waits for as many texts as came together lately; a lone one never does",
     )
     queue: Count = Field(256, description="requests that may wait; beyond that the answer is 503")
     queue_texts: Count = Field(1024, description="texts that may wait; beyond that a request of several texts is answered 503")

@@ -31,6 +31,13 @@ def make_run_folder() -> Path:
     return folder
 
 
+def socket_path() -> Path:
+    """Where the model's process listens."""
+    if RUN_FOLDER not in os.environ:
+        raise SystemExit("the service is more than this application: gunicorn -c serve/gunicorn.conf.py serve.app:app")
+    return Path(os.environ[RUN_FOLDER]) / "predictor.sock"
+
+
 def forget(pid: int) -> None:
     """Take a dead process out of the metrics that count living ones.
 

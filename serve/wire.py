@@ -4,6 +4,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import orjson
 LENGTH = struct.Struct("!I")
 TIMEVAL = struct.Struct("@ll")  # seconds and microseconds, as the system's socket options take them
 RETRY_SECONDS = 0.05
+SEND_SECONDS = 1.0  # for the model's process to take the rest of a message
+RECEIVED = 1 << 18
 
 
 class UnreachableError(Exception):
@@ -24,15 +27,98 @@ def packed(message: Any) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def send(connection: socket.socket, message: Any) -> None:
-    """Send a message; raises OSError if it is not taken."""
-    connection.sendall(packed(message))
+class Stream:
+    """The messages in what comes over a socket."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that are complete with `data`."""
+        self.data += data
+        found, place = [], 0
+        while place + LENGTH.size <= len(self.data):
+            (length,) = LENGTH.unpack_from(self.data, place)
+            if place + LENGTH.size + length > len(self.data):
+                break
+            found.append(orjson.loads(self.data[place + LENGTH.size : place + LENGTH.size + length]))
+            place += LENGTH.size + length
+        self.data = self.data[place:]
+        return found
 
 
-def read(connection: socket.socket) -> Any:
-    """The next message, waiting for it; raises ConnectionError at the end."""
-    (length,) = LENGTH.unpack(receive(connection, LENGTH.size))
-    return orjson.loads(receive(connection, length))
+class Peer:
+    """An HTTP process' connection, as the model's process sees it: messages come in turn, answers leave as they are ready."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.stream, self.sending = connection, Stream(), threading.Lock()
+
+    def messages(self) -> Iterator[list[Any]]:
+        """What is asked, as much as comes together, to the end of the connection; raises OSError if it breaks."""
+        while data := self.connection.recv(RECEIVED):
+            if found := self.stream.feed(data):
+                yield found
+
+    def send(self, *messages: Any) -> None:
+        """Send answers; raises OSError if they are not taken."""
+        with self.sending:
+            self.connection.sendall(b"".join(map(packed, messages)))
+
+
+class Link:
+    """The model's process, as the main loop of an HTTP process sees it: many questions at a time over one connection.
+
+    Each has an `id`, which comes back with its answer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection: socket.socket | None = None
+        self.stream = Stream()
+
+    def connect(self) -> socket.socket | None:
+        """The connection, made if need be; None while nobody listens."""
+        if self.connection is None:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(self.path))
+            except OSError:
+                connection.close()
+                return None
+            connection.setblocking(False)
+            self.connection, self.stream = connection, Stream()
+        return self.connection
+
+    def send(self, messages: Sequence[Any]) -> bool:
+        """Ask, unless what was asked before has not been read yet; raises OSError where the connection breaks."""
+        assert self.connection is not None  # noqa: S101
+        data = b"".join(map(packed, messages))
+        try:
+            sent = self.connection.send(data)
+        except BlockingIOError:
+            return False
+        if sent < len(data):  # the rest must follow
+            self.connection.settimeout(SEND_SECONDS)
+            self.connection.sendall(data[sent:])
+            self.connection.setblocking(False)
+        return True
+
+    def answers(self) -> list[Any]:
+        """What has come; raises ConnectionError, or another OSError, at the end."""
+        assert self.connection is not None  # noqa: S101
+        try:
+            data = self.connection.recv(RECEIVED)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionError("the model's process went away")
+        return self.stream.feed(data)
+
+    def drop(self) -> None:
+        """Close the connection."""
+        if self.connection:
+            self.connection.close()
+            self.connection = None
 
 
 class Client:

@@ -1,31 +1,46 @@
 """Gunicorn's threaded worker, which hangs up on clients that take too long, and refuses as the application does."""
 
 import contextlib
+import errno
 import logging
-import select
+import selectors
 import signal
 import socket
 import threading
 import time
 import uuid
+from functools import partial
 from http import HTTPStatus
+from itertools import count
 from typing import Any
 
 import orjson
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from serve.logs import event
+from serve import logs
+from serve.direct import LONGEST, Asked, Direct, Head, head_of
 from serve.problems import TYPE, problem
 from serve.settings import load
+from serve.supervisor import socket_path
+from serve.wire import Link
 
-LINGER_SECONDS = 0.05
+LATE_SECONDS = 1.0  # for the model's process to say itself that an answer took too long
 REFUSED = {"LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417, "UnsupportedTransferCoding": 501}
 log = logging.getLogger("serve.request")
 READ = "sentiment.read"  # in a request's environ: call it once the request has been read
 
 
+class Connection(TConn):  # type: ignore[misc]
+    """A client's connection."""
+
+    held = b""  # of a request that has not come whole
+
+
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """A worker whose threads no client can hold: one that does not send its request, or take its answer, loses its connection."""
+    """A worker that answers POST /predict in its main loop, and all else in threads, which no client can hold.
+
+    A client that does not send its request, or take its answer, loses its connection.
+    """
 
     wsgi: Any
 
@@ -36,25 +51,160 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.read_seconds = settings.read_seconds
         self.answer_seconds = settings.timeout_seconds + settings.read_seconds  # for the model, and for the client to read
         self.local = threading.local()
+        self.direct = Direct(settings)
+        self.link = Link(socket_path())
+        self.asked: dict[int, Asked] = {}  # by the id of the question, the oldest first
+        self.numbers = count()
+        self.unsent: list[dict[str, Any]] = []
 
     def init_signals(self) -> None:
         """Leave Ctrl-C, which reaches all processes of a terminal, to the first one."""
         super().init_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    # The main loop.
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take a connection, and its first request if that is there already."""
+        if self.cfg.is_ssl:  # a handshake takes its time, and a thread
+            super().accept(listener)
+            return
+        try:
+            client, address = listener.accept()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
+                raise
+            return
+        self.nr_conns += 1
+        conn = Connection(self.cfg, client, address, listener.getsockname())
+        conn.init()
+        conn.data_ready = True
+        conn.sock.setblocking(False)
+        self.receive(conn)
+
+    def on_client_socket_readable(self, conn: TConn, client: socket.socket) -> None:
+        """Take the next request of a kept connection."""
+        self.poller.unregister(client)
+        self.keepalived_conns.remove(conn)
+        self.receive(conn)
+
+    def on_pending_socket_readable(self, conn: TConn, client: socket.socket) -> None:
+        """Take the first request of a connection, or the rest of one."""
+        self.poller.unregister(client)
+        self.pending_conns.remove(conn)
+        self.receive(conn)
+
+    def receive(self, conn: TConn) -> None:
+        """Read what has come: a plain question is for the model, the rest of one is waited for once, all else is for a thread."""
+        if not isinstance(conn, Connection):
+            self.enqueue_req(conn)
+            return
+        try:
+            data = conn.sock.recv(LONGEST)
+        except BlockingIOError:
+            self.wait_for(conn)
+            return
+        except OSError:
+            data = b""
+        if not data and not conn.held:
+            self.nr_conns -= 1
+            conn.close()
+            return
+        held, conn.held = conn.held, b""
+        data, more = held + data, bool(data)
+        head = head_of(data, conn.client[0] if conn.client else "")
+        if head and len(data) < head.ends and more and not held:
+            conn.held = data
+            self.wait_for(conn)
+        elif not head or len(data) != head.ends or not self.ask(conn, data, head):
+            self.leave(conn, data)
+
+    def wait_for(self, conn: Connection) -> None:
+        """Come back to a connection when there is something to read, and hang up if there is nothing for too long."""
+        conn.timeout = time.monotonic() + self.read_seconds
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def leave(self, conn: TConn, data: bytes) -> None:
+        """Leave a request, of which `data` has been read, to a thread."""
+        conn.parser.unreader.unread(data)
+        self.enqueue_req(conn)
+
+    def ask(self, conn: TConn, data: bytes, head: Head) -> bool:
+        """Ask the model with the next `flush`, if the request is a good one and the model's process is there."""
+        asked = self.direct.asked(conn, data, head)
+        fresh = self.link.connection is None
+        connection = self.link.connect() if asked else None
+        if not asked or not connection:
+            return False
+        if fresh:
+            self.poller.register(connection, selectors.EVENT_READ, self.on_answers)
+        number = next(self.numbers)
+        self.asked[number] = asked
+        self.unsent.append(
+            {"do": "predict", "id": number, "texts": [asked.text], "seconds": self.direct.settings.timeout_seconds}
+        )
+        return True
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """Wait for whatever comes, and ask the model all that came together in one message."""
+        super().wait_for_and_dispatch_events(timeout)
+        if not self.unsent:
+            return
+        messages, self.unsent = self.unsent, []
+        try:
+            taken = self.link.send(messages)
+        except OSError:
+            self.cut()
+            return
+        if not taken:
+            for message in messages:
+                asked = self.asked.pop(message["id"])
+                self.leave(asked.connection, asked.data)
+
+    def on_answers(self, _: socket.socket) -> None:
+        """Hand on what the model has answered."""
+        try:
+            answers = self.link.answers()
+        except OSError:
+            self.cut()
+            return
+        found = [(asked, answer) for answer in answers if (asked := self.asked.pop(answer["id"], None))]
+        for asked, answer in found:
+            self.reply(asked, answer)
+        with logs.together():
+            for asked, answer in found:  # once nobody waits for it
+                self.direct.note(asked, answer)
+
+    def cut(self) -> None:
+        """Give up the connection to the model's process; what was asked is left to threads, which ask again until it is there."""
+        self.poller.unregister(self.link.connection)
+        self.link.drop()
+        left, self.asked, self.unsent = self.asked, {}, []
+        for asked in left.values():
+            self.leave(asked.connection, asked.data)
+
+    def reply(self, asked: Asked, answer: dict[str, Any]) -> None:
+        """Send an answer; a client that does not take it at once, of so few bytes, loses its connection."""
+        conn = asked.connection
+        keep = self.alive and bool(self.cfg.keepalive) and len(self.keepalived_conns) < self.max_keepalived
+        data = self.direct.response(asked, answer, keep)
+        try:
+            whole = conn.sock.send(data) == len(data)
+        except OSError:
+            whole = False
+        if not whole or not keep:
+            self.nr_conns -= 1
+            conn.close(graceful=whole)
+            return
+        conn.set_timeout()
+        self.keepalived_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+
+    # Threads.
+
     def handle(self, conn: TConn) -> Any:
-        """Answer a request, and those that follow it at once over the same connection.
-
-        Gunicorn gives each request of a connection to another thread by way of its main one; a client that asks again and
-        again would wait for that each time.
-        """
-        result = self.handle_one(conn)
-        while result is True and self.alive and self.nr_conns <= self.cfg.threads and self.next_comes(conn):
-            result = self.handle_one(conn)
-        return result
-
-    def handle_one(self, conn: TConn) -> Any:
-        """Answer a request, its time watched."""
+        """Answer a request in a thread, its time watched."""
         self.allow(conn, self.read_seconds)
         self.local.conn = conn
         try:
@@ -65,17 +215,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def allow(self, conn: TConn, seconds: float) -> None:
         """Let what comes next over a connection take so long."""
         self.deadlines[conn] = time.monotonic() + seconds
-
-    def next_comes(self, conn: TConn) -> bool:
-        """Whether the client's next request begins to arrive within a moment."""
-        if conn.parser.unreader.buf.getvalue():
-            return True
-        try:
-            waiting = select.poll()
-            waiting.register(conn.sock, select.POLLIN)
-            return bool(waiting.poll(1000 * LINGER_SECONDS))
-        except (OSError, ValueError):  # closed meanwhile
-            return False
 
     def load_wsgi(self) -> None:
         """Let the application say when it has read a request."""
@@ -90,20 +229,25 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.wsgi = watched
 
     def murder_keepalived(self, force: bool = False) -> None:
-        """Hang up on slow clients, at each turn of Gunicorn's loop."""
+        """Hang up on slow clients, and give up questions without an answer, at each turn of Gunicorn's loop."""
         super().murder_keepalived(force)
         now = time.monotonic()
         for conn, deadline in list(self.deadlines.items()):
             if deadline < now:
                 with contextlib.suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)
+        while self.asked and (asked := next(iter(self.asked.values()))).deadline + LATE_SECONDS < now:
+            del self.asked[next(iter(self.asked))]
+            late = {"error": f"no answer within {self.direct.settings.timeout_seconds:g} s", "status": 504}
+            self.reply(asked, late)
+            self.direct.note(asked, late)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:  # noqa: ARG002
         """Answer what Gunicorn refuses by itself (it is no HTTP, or too long) as the application answers its errors."""
         refused = type(exc).__module__.startswith("gunicorn.")
         status = REFUSED.get(type(exc).__name__, 400) if refused else 500
         request_id = uuid.uuid4().hex
-        event(
+        logs.event(
             log, logging.INFO if refused else logging.ERROR, "refused", exc_info=None if refused else exc, id=request_id,
             client=addr[0] if addr else "unix", status=status, error=type(exc).__name__,
         )  # fmt: skip

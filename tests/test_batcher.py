@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher, FullError, Request, filling, pick
+from serve.batcher import BATCHES, Batcher, FullError, Request, filling, pick
 
 
 class Doubling:
@@ -42,6 +42,19 @@ class Client:
     def wait(self):
         assert self.answered.wait(10)
         return self.results[0]
+
+
+def submitted(batcher, model, *lengths):
+    client = Client(model, *lengths)
+    batcher.submit(client.request)
+    return client
+
+
+def wait_until(what):
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -147,6 +160,17 @@ def test_places_are_free_again_after_an_answer(model):
     assert (batcher.waiting, batcher.waiting_tokens) == (0, 0)
 
 
+def test_what_a_batch_completes_is_delivered_together(model):
+    found = []
+    batcher = Batcher(places=64, deliver=lambda requests: found.append([request.logits for request in requests]))
+    for lengths in ([10], [11, 30], [12]):
+        batcher.submit(Client(model, *lengths).request)
+    batcher.start()
+    batcher.close()
+    assert model.batches == [[10, 11, 12, 30]]
+    assert sorted([float(row[0]) for row in logits] for logits in found[0]) == [[20], [22, 60], [24]]
+
+
 def test_a_failing_model_fails_its_requests_and_not_the_next(batcher, model):
     class Failing(Doubling):
         def logits(self, reviews):
@@ -180,16 +204,44 @@ def test_what_was_taken_is_finished_at_the_end(model):
     assert all(client.answered.is_set() for client in clients)
 
 
-def test_a_batch_waits_for_company_no_longer_than_it_may(model):
-    batcher = Batcher(places=64, wait_seconds=0.3)
+@pytest.fixture
+def patient(model):
+    """A batcher that has computed two texts together, and would wait for such company for long."""
+    batcher = Batcher(places=64, wait_seconds=30)
+    for client in (clients := [Client(model, 10), Client(model, 10)]):
+        batcher.submit(client.request)
     batcher.start()
-    first, second = Client(model, 10), Client(model, 10)
-    batcher.submit(first.request)
-    batcher.submit(second.request)
-    first.wait()
-    second.wait()
+    assert [client.wait().tolist() for client in clients] == [[[20]], [[20]]]
+    yield batcher
     batcher.close()
-    assert model.batches == [[10, 10]]
+
+
+def test_a_text_waits_for_those_that_came_along_lately(patient, model):
+    wait_until(lambda: not patient.computing)
+    first = submitted(patient, model, 11)
+    time.sleep(0.05)
+    assert not first.results
+    submitted(patient, model, 12).wait()
+    first.wait()
+    assert model.batches == [[10, 10], [11, 12]]
+
+
+def test_a_full_batch_waits_for_nobody(patient, model):
+    wait_until(lambda: not patient.computing)
+    assert submitted(patient, model, 70).wait()[0, 0] == 140
+
+
+def test_company_that_does_not_come_is_forgotten(model):
+    batcher = Batcher(places=64, wait_seconds=0.01)
+    for _ in range(2):
+        batcher.submit(Client(model, 10).request)
+    batcher.start()
+    for _ in range(BATCHES + 1):
+        submitted(batcher, model, 10).wait()
+    batcher.wait_seconds = 30
+    wait_until(lambda: not batcher.computing)
+    assert submitted(batcher, model, 10).wait()[0, 0] == 20
+    batcher.close()
 
 
 class Laned(Doubling):
@@ -198,13 +250,6 @@ class Laned(Doubling):
     def __init__(self, lanes):
         super().__init__(64)
         self.lanes = [Doubling(32) for _ in range(lanes)]
-
-
-def wait_until(what):
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -219,12 +264,6 @@ def test_what_one_lane_would_hold_is_computed_by_all_of_the_engine(laned):
     model, batcher = laned
     assert [submitted(batcher, model, n).wait()[0, 0] for n in (20, 500)] == [40, 1000]
     assert (model.batches, [lane.batches for lane in model.lanes]) == ([[20], [500]], [[], []])
-
-
-def submitted(batcher, model, *lengths):
-    client = Client(model, *lengths)
-    batcher.submit(client.request)
-    return client
 
 
 def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned):
@@ -244,6 +283,21 @@ def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned)
     assert first.wait().tolist() == [[60]]
     assert many.wait().tolist() == [[60], [60], [60]]
     assert model.batches[0] == [30]
+
+
+def test_few_tokens_wait_for_all_of_the_engine_where_a_lane_is_still_busy(laned):
+    model, batcher = laned
+    for lane in model.lanes:
+        lane.go.clear()
+    client = submitted(batcher, model, 32, 32, 16)
+    wait_until(lambda: len(batcher.busy) == 2)
+    model.lanes[0].go.set()
+    wait_until(lambda: batcher.busy == model.lanes[1:])
+    time.sleep(0.02)
+    assert (batcher.busy, batcher.waiting) == (model.lanes[1:], 1)
+    model.lanes[1].go.set()
+    assert client.wait().tolist() == [[64], [64], [32]]
+    assert model.batches == [[16]]
 
 
 def test_a_request_that_fails_in_one_lane_is_answered_once(laned):
