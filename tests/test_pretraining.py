@@ -20,6 +20,7 @@ from sentiment.loop import accelerator_for, seed
 from sentiment.params import Model
 
 TINY = {"vocab_size": 300, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}
+WORDS = ["adorei", "bom", "excelente", "gostei", "péssimo", "quebrado"]
 QUICK = {
     "device": "cpu",
     "precision": "fp32",
@@ -62,7 +63,7 @@ def vocabulary():
     """Ten tokens: 0 to 2 special (2 is [MASK]), 8 and 9 continue a word."""
     special, continues = torch.zeros(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool)
     special[:3], continues[8:] = True, True
-    return pretraining.Vocabulary(2, special, continues)
+    return pretraining.Vocabulary(2, special, continues, torch.zeros(10, dtype=torch.bool))
 
 
 def test_whole_words_are_hidden_and_no_special_tokens(vocabulary):
@@ -118,6 +119,70 @@ def test_it_learns_and_an_interrupted_run_ends_with_the_weights_of_a_whole_one(t
     second.run()
     assert [step for step, _ in again] == [step for step, _ in points]
     assert saved(second.module) == saved(whole.module)
+
+
+@pytest.fixture
+def of_sentiment(tmp_path):
+    """A run that names words of praise and complaint from [CLS]; its words are of the vocabulary that it has learnt."""
+    return run_in(tmp_path, objective="mlm", sentiment_weight=0.5, sentiment_words=WORDS)
+
+
+def test_words_of_sentiment_are_hidden_before_others(of_sentiment):
+    loop, tokenizer, _ = of_sentiment
+    masking, ids = loop.module.masking, torch.cat([loop.feed.batch(np.array([k])).inputs["input_ids"][0] for k in range(200)])
+    said = masking.of_sentiment(ids)
+    assert {tokenizer.id_to_token(number).lower() for number in ids[said].tolist()} == set(WORDS)
+    torch.manual_seed(0)
+    places = masking.places(ids, round(0.2 * len(ids)))
+    assert said[places].sum() > 0.8 * said.sum()  # of all words a fifth
+    assert masking.special[ids[places]].sum() == 0
+
+
+def test_a_word_that_goes_on_is_none_of_sentiment(of_sentiment):
+    masking = of_sentiment[0].module.masking
+    word, more = masking.sentiment.nonzero()[0].item(), masking.continues.nonzero()[0].item()
+    assert masking.of_sentiment(torch.tensor([word, more, word])).tolist() == [False, False, True]
+
+
+def test_what_is_named_from_the_first_token_is_that_of_its_own_text(of_sentiment):
+    loop = of_sentiment[0]
+    module, batch = loop.module.eval(), loop.held_out.batch(np.arange(6))
+    layout = module.reader.layout(**batch.inputs)
+    places = (~module.masking.special[layout.input_ids]).nonzero().squeeze(1)
+    counted = module.masking.of_sentiment(layout.input_ids)[places]
+    logits = torch.randn(6, len(module.masking.special))
+    width = batch.inputs["input_ids"].shape[1]
+    expected = [
+        -logits[place // width].log_softmax(-1)[layout.input_ids[place]].item() for place in places[counted].tolist()
+    ]  # fmt: skip
+    assert expected
+    assert module.from_first(logits, layout, places, counted).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert module.from_first(logits, layout, places, torch.zeros_like(counted)).item() == 0
+
+
+def test_it_learns_to_name_words_of_sentiment_and_says_how_well(of_sentiment):
+    loop = of_sentiment[0]
+    history = loop.run().history
+    assert history[-1]["held_out_sentiment_loss"] < 0.9 * history[0]["held_out_sentiment_loss"]
+    assert history[-1]["held_out_loss"] < history[0]["held_out_loss"]
+
+
+def test_words_that_are_no_tokens_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"train\.sentiment_words"):
+        run_in(tmp_path, objective="mlm", sentiment_weight=0.5, sentiment_words=["inconstitucionalissimamente"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective": "rtd", "sentiment_weight": 0.5}, "needs train.objective mlm"),
+        ({"objective": "mlm", "sentiment_weight": 0.5, "sentiment_words": []}, "needs words in train.sentiment_words"),
+        ({"objective": "mlm", "sentiment_weight": -0.5}, "sentiment_weight"),
+    ],
+)
+def test_wrong_words_of_sentiment_are_said(change, words):
+    with pytest.raises(ValueError, match=words):
+        settings(**change)
 
 
 def saved(module):
