@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+ALTOGETHER = 1.5  # batches that all of the engine computes at once, so that no text is left over for one of its own
 BATCHES = 4  # whose company the next one waits for
 LOOK_AHEAD = 4  # texts, beyond those that fit, that may go before one of them
 USUAL = 0.9  # tokens that are computed for a usual batch's cost of one
@@ -183,7 +184,7 @@ class Batcher:
 
     def free_engine(self, model: Loaded) -> Engine | None:
         """What is to compute the next batch: all of the engine for a lone text or what it holds at once, else the lanes."""
-        few = self.waiting_tokens + self.computing_tokens <= model.batch_tokens
+        few = self.waiting_tokens + self.computing_tokens <= ALTOGETHER * model.batch_tokens
         if not self.busy and (self.waiting == 1 or few or not model.lanes):
             return model
         if few or any(each not in model.lanes for each in self.busy):
@@ -193,7 +194,10 @@ class Batcher:
     def pick(self, engine: Engine, lane: bool) -> Picked:
         """Take a batch out of the line."""
         self.lately.append(self.most)
-        picked = pick(self.requests, self.requests[0].model, engine.batch_tokens, STEP if lane else 1)
+        budget = engine.batch_tokens
+        if not lane and self.waiting_tokens <= ALTOGETHER * budget:
+            budget = max(budget, self.waiting_tokens + SHORTEST * self.waiting)
+        picked = pick(self.requests, self.requests[0].model, budget, STEP if lane else 1)
         self.computing += len(picked)
         self.computing_tokens += tokens_in(picked)
         for request, index in picked:
@@ -211,7 +215,7 @@ class Batcher:
         Clients that were answered together mostly come back together, a little later.
         """
         lately = max(self.lately, default=0)
-        if self.busy or self.waiting_tokens >= engine.batch_tokens or self.waiting >= lately:
+        if self.busy or self.waiting_tokens >= ALTOGETHER * engine.batch_tokens or self.waiting >= lately:
             return 0.0
         return max(self.requests[0].arrived, self.ended) + self.wait_seconds - time.monotonic()
 

@@ -1,4 +1,7 @@
-"""Gunicorn's threaded worker, which hangs up on clients that take too long, and refuses as the application does."""
+"""Gunicorn's threaded worker, with a short way for POST /predict (serve/direct.py) in its main loop.
+
+It hangs up on clients that take too long, and refuses as the application does.
+"""
 
 import contextlib
 import errno
@@ -131,8 +134,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.enqueue_req(conn)
 
     def ask(self, conn: TConn, data: bytes, head: Head) -> bool:
-        """Ask the model with the next `flush`, if the request is a good one and the model's process is there."""
-        asked = self.direct.asked(conn, data, head)
+        """Ask the model at the end of this turn of the loop, if the request is a good one and the model's process is there."""
+        try:
+            asked = self.direct.asked(conn, data, head)
+        except Exception as error:  # a defect here must not end the loop
+            log.error("a request could not be read the short way", exc_info=error)
+            return False
         fresh = self.link.connection is None
         connection = self.link.connect() if asked else None
         if not asked or not connection:
@@ -174,7 +181,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.reply(asked, answer)
         with logs.together():
             for asked, answer in found:  # once nobody waits for it
-                self.direct.note(asked, answer)
+                self.note(asked, answer)
+
+    def note(self, asked: Asked, answer: dict[str, Any]) -> None:
+        """Log and count an answer that was given."""
+        try:
+            self.direct.note(asked, answer)
+        except Exception as error:
+            log.error("an answer could not be counted", exc_info=error)
 
     def cut(self) -> None:
         """Give up the connection to the model's process; what was asked is left to threads, which ask again until it is there."""
@@ -240,7 +254,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             del self.asked[next(iter(self.asked))]
             late = {"error": f"no answer within {self.direct.settings.timeout_seconds:g} s", "status": 504}
             self.reply(asked, late)
-            self.direct.note(asked, late)
+            self.note(asked, late)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:  # noqa: ARG002
         """Answer what Gunicorn refuses by itself (it is no HTTP, or too long) as the application answers its errors."""

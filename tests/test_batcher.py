@@ -228,7 +228,7 @@ def test_a_text_waits_for_those_that_came_along_lately(patient, model):
 
 def test_a_full_batch_waits_for_nobody(patient, model):
     wait_until(lambda: not patient.computing)
-    assert submitted(patient, model, 70).wait()[0, 0] == 140
+    assert submitted(patient, model, 100).wait()[0, 0] == 200
 
 
 def test_company_that_does_not_come_is_forgotten(model):
@@ -242,6 +242,16 @@ def test_company_that_does_not_come_is_forgotten(model):
     wait_until(lambda: not batcher.computing)
     assert submitted(batcher, model, 10).wait()[0, 0] == 20
     batcher.close()
+
+
+def test_what_is_little_more_than_a_batch_is_computed_as_one(model):
+    batcher = Batcher(places=64)
+    clients = [Client(model, 30) for _ in range(3)]
+    for client in clients:
+        batcher.submit(client.request)
+    batcher.start()
+    batcher.close()
+    assert model.batches == [[30, 30, 30]]
 
 
 class Laned(Doubling):
@@ -273,7 +283,7 @@ def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned)
         lane.go.clear()
     first = submitted(batcher, model, 30)
     wait_until(lambda: batcher.busy == [model])
-    many = submitted(batcher, model, 30, 30, 30)
+    many = submitted(batcher, model, 30, 30, 30, 30)
     time.sleep(0.02)
     assert batcher.busy == [model]
     model.go.set()
@@ -281,7 +291,7 @@ def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned)
     for lane in model.lanes:
         lane.go.set()
     assert first.wait().tolist() == [[60]]
-    assert many.wait().tolist() == [[60], [60], [60]]
+    assert many.wait().tolist() == [[60]] * 4
     assert model.batches[0] == [30]
 
 
@@ -289,15 +299,15 @@ def test_few_tokens_wait_for_all_of_the_engine_where_a_lane_is_still_busy(laned)
     model, batcher = laned
     for lane in model.lanes:
         lane.go.clear()
-    client = submitted(batcher, model, 32, 32, 16)
+    client = submitted(batcher, model, 32, 32, 32, 16)
     wait_until(lambda: len(batcher.busy) == 2)
     model.lanes[0].go.set()
     wait_until(lambda: batcher.busy == model.lanes[1:])
     time.sleep(0.02)
-    assert (batcher.busy, batcher.waiting) == (model.lanes[1:], 1)
+    assert (batcher.busy, batcher.waiting) == (model.lanes[1:], 2)
     model.lanes[1].go.set()
-    assert client.wait().tolist() == [[64], [64], [32]]
-    assert model.batches == [[16]]
+    assert client.wait().tolist() == [[64], [64], [64], [32]]
+    assert model.batches == [[32, 16]]
 
 
 def test_a_request_that_fails_in_one_lane_is_answered_once(laned):
@@ -314,7 +324,7 @@ def test_a_new_model_waits_until_the_lanes_of_the_one_before_are_done(laned):
     model, batcher = laned
     for lane in model.lanes:
         lane.go.clear()
-    old = [submitted(batcher, model, 32, 32, 32)]
+    old = [submitted(batcher, model, 32, 32, 32, 32)]
     wait_until(lambda: len(batcher.busy) == 2)
     new = Laned(2)
     client = submitted(batcher, new, 8)
@@ -323,7 +333,7 @@ def test_a_new_model_waits_until_the_lanes_of_the_one_before_are_done(laned):
     for lane in model.lanes:
         lane.go.set()
     assert client.wait()[0, 0] == 16
-    assert old[0].wait().tolist() == [[64], [64], [64]]
+    assert old[0].wait().tolist() == [[64]] * 4
 
 
 @pytest.mark.parametrize(
