@@ -6,7 +6,7 @@ its body as the OpenAPI document says. Anything else, and all that has to be ref
 
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -46,7 +46,6 @@ class Asked:
     environ: dict[str, Any]
     text: str
     deadline: float
-    started: float = field(default_factory=time.perf_counter)
 
 
 def head_of(data: bytes, address: str) -> Head | None:
