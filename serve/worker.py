@@ -177,14 +177,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.cut()
             return
         found = [(asked, answer) for answer in answers if (asked := self.asked.pop(answer["id"], None))]
+        with logs.together():  # first, so that who has an answer finds it in the log and in the metrics
+            for asked, answer in found:
+                self.note(asked, answer)
         for asked, answer in found:
             self.reply(asked, answer)
-        with logs.together():
-            for asked, answer in found:  # once nobody waits for it
-                self.note(asked, answer)
 
     def note(self, asked: Asked, answer: dict[str, Any]) -> None:
-        """Log and count an answer that was given."""
+        """Log and count an answer that is given."""
         try:
             self.direct.note(asked, answer)
         except Exception as error:
@@ -253,8 +253,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         while self.asked and (asked := next(iter(self.asked.values()))).deadline + LATE_SECONDS < now:
             del self.asked[next(iter(self.asked))]
             late = {"error": f"no answer within {self.direct.settings.timeout_seconds:g} s", "status": 504}
-            self.reply(asked, late)
             self.note(asked, late)
+            self.reply(asked, late)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:  # noqa: ARG002
         """Answer what Gunicorn refuses by itself (it is no HTTP, or too long) as the application answers its errors."""
