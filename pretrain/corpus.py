@@ -29,13 +29,13 @@ log = logging.getLogger("stages.corpus")
 
 def main() -> None:
     settings = pretraining_params.load().corpus
-    seen, counts = excluded(settings.exclude), Counter[str]()
+    left_out, seen, counts = excluded(settings.exclude), set[bytes](), Counter[str]()
     with atomic(CORPUS) as part:
         part.mkdir()
         files = {name: pq.ParquetWriter(part / f"{name}.parquet", SCHEMA, compression="zstd") for name in ("train", "held_out")}
         rows: dict[str, list[dict[str, str | int]]] = {name: [] for name in files}
         for file in settings.files:
-            for piece in texts(file, settings, seen, counts):
+            for piece in texts(file, settings, left_out, seen, counts):
                 name = "held_out" if is_held_out(piece, settings.held_out) else "train"
                 counts[name] += 1
                 rows[name].append({"text": piece, "repeat": file.repeat if name == "train" else 1})
@@ -47,8 +47,9 @@ def main() -> None:
             writer.close()
     if not counts["train"] or not counts["held_out"]:
         raise DataError("corpus.files leave no texts to train on, or none to hold out; add files, or raise corpus.held_out")
-    write_json(METRICS, dict(counts))
+    write_json(METRICS, {"to_exclude": len(left_out), **counts})
     log.info(", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items()))
+    log.info("of %d texts that corpus.exclude names, these files have %d", len(left_out), len(left_out & seen))
 
 
 def excluded(paths: list[str]) -> set[bytes]:
@@ -62,7 +63,11 @@ def excluded(paths: list[str]) -> set[bytes]:
 
 
 def texts(
-    file: pretraining_params.File, settings: pretraining_params.Corpus, seen: set[bytes], counts: Counter[str]
+    file: pretraining_params.File,
+    settings: pretraining_params.Corpus,
+    left_out: set[bytes],
+    seen: set[bytes],
+    counts: Counter[str],
 ) -> Iterator[str]:
     """The cleaned texts of a file that were not seen before, in pieces of at most corpus.max_words; counts what is left out."""
     for value in lines(file):
@@ -71,8 +76,9 @@ def texts(
         mark = digest(text.key(cleaned))
         if len(cleaned.split()) < settings.min_words:
             counts["too_short"] += 1
-        elif mark in seen:
-            counts["repeated_or_excluded"] += 1
+        elif mark in left_out or mark in seen:
+            counts["excluded" if mark in left_out else "repeated"] += 1
+            seen.add(mark)
         else:
             seen.add(mark)
             yield from pieces(cleaned, settings.max_words)

@@ -1,5 +1,6 @@
 """Pre-training: what is hidden, what is learnt, and what is left to be fine-tuned."""
 
+import json
 import math
 import signal
 
@@ -299,6 +300,10 @@ def test_no_text_to_be_tested_on_is_learnt_from_and_none_twice(project):
     assert len(found) == len(set(found))
     assert {row["repeat"] for row in train} == {2}
     assert {row["repeat"] for row in held_out} == {1}
+    left_out = {text.key(value) for value in texts[:50]}
+    counted = {"excluded": sum(text.key(value) in left_out for value in [*texts, texts[0]]), "too_short": 1, "read": 402}
+    written = json.loads(corpus.METRICS.read_text())
+    assert {name: written[name] for name in (*counted, "to_exclude")} == counted | {"to_exclude": len(left_out)}
 
 
 def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypatch):
