@@ -89,15 +89,21 @@ def graph_name(engine: str, precision: str) -> str:
 
 
 class Packed:
-    """An engine that reads packed rows, one after the other."""
+    """An engine that reads packed rows, one after the other; a little more than a row is one, too, since each has its price."""
 
     batch_tokens = ROW_TOKENS
     lanes: Sequence["Packed"] = ()
 
+    @property
+    def widest(self) -> int:
+        """The tokens of a row of several reviews at most."""
+        return self.batch_tokens * 3 // 2
+
     def logits(self, reviews: Sequence[np.ndarray]) -> np.ndarray:
         """The logits of the reviews: float32 [reviews, classes]."""
         found: list[np.ndarray] = [np.empty(0)] * len(reviews)
-        for chosen in bins([len(ids) for ids in reviews], self.batch_tokens):
+        lengths = [len(ids) for ids in reviews]
+        for chosen in bins(lengths, self.widest if sum(lengths) <= self.widest else self.batch_tokens):
             out = self.run(pack([reviews[k] for k in chosen]))
             for k, values in zip(chosen, out, strict=False):
                 found[k] = values
@@ -109,7 +115,7 @@ class Packed:
 
     def warm_up(self, longest: int) -> None:
         """Compute a row of every width that reviews of up to `longest` tokens can need: each is compiled when first seen."""
-        for width in sorted({row_width(n) for n in range(1, max(self.batch_tokens, longest) + 1)}):
+        for width in sorted({row_width(n) for n in range(1, max(self.widest, longest) + 1)}):
             part = max(1, width // capacity(width))
             self.run(pack([np.ones(part, np.int64)] * (width // part)))
         for lane in self.lanes:

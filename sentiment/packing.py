@@ -16,8 +16,8 @@ class Row(NamedTuple):
 
 
 def row_width(tokens: int) -> int:
-    """The width of the row that `tokens` are packed into: a multiple of 32, of 128 from 256 on, so that few shapes occur."""
-    step = 32 if tokens <= 256 else 128
+    """The width of the row that `tokens` are packed into: a multiple of 32, of 128 from 384 on, so that few shapes occur."""
+    step = 32 if tokens <= 384 else 128
     return max(32, -(-tokens // step) * step)
 
 

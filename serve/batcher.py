@@ -4,14 +4,15 @@ Requests wait in the order of their arrival. A batch takes one text of each requ
 again while texts fit. So the oldest request is in every batch, a request of one text is not held up by one of hundreds, and
 that one gets on with each batch, too.
 
-An engine that has lanes (sentiment/engines.py) computes what it holds at once on all its threads, which is soonest done, and what
-waits in a longer line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share of
-the cores.
+An engine that has lanes (sentiment/engines.py) computes what takes it a moment on all its threads, which is soonest done, and
+what waits in a longer line side by side, which gets more done: the threads of a lane wait for nobody, whatever else takes a share
+of the cores.
 
 Clients that were answered together come back together, but for a moment. A batch that is not full waits for them that long: one
 batch of four costs less than one of one and one of three.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ALTOGETHER = 1.5  # batches that all of the engine computes at once, so that no text is left over for one of its own
+ALTOGETHER = 1.5  # batches that all of the engine computes at once at least, so that no text is left over for one of its own
 BATCHES = 4  # whose company the next one waits for
 LOOK_AHEAD = 4  # texts, beyond those that fit, that may go before one of them
 USUAL = 0.9  # tokens that are computed for a usual batch's cost of one
@@ -46,7 +47,7 @@ class Loaded(Engine, Protocol):
     def lanes(self) -> Sequence[Engine]: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Texts of one request as token ids, for the model that made them.
 
@@ -93,7 +94,9 @@ class FullError(Exception):
 class Batcher:
     """The waiting requests, and the threads that compute them.
 
-    `deliver` is given the requests that a batch completes, with all of their `logits`.
+    `deliver` is given the requests that a batch completes, with all of their `logits`. A batch that is not full waits for company
+    `wait_seconds` at most, and `wait_share` of the time that the last one took. All of the engine computes what takes it
+    `together_seconds`, where it has lanes, too.
     """
 
     def __init__(
@@ -104,8 +107,11 @@ class Batcher:
         observe: Callable[[int, int, float], None] | None = None,
         lanes: int = 1,
         deliver: Callable[[Sequence[Any]], None] | None = None,
+        wait_share: float = math.inf,
+        together_seconds: float = 0.0,
     ) -> None:
-        self.places, self.text_places, self.wait_seconds = places, text_places, wait_seconds
+        self.places, self.text_places = places, text_places
+        self.wait_seconds, self.wait_share, self.together_seconds = wait_seconds, wait_share, together_seconds
         self.observe = observe
         self.deliver = deliver or each_done
         self.requests: deque[Request] = deque()
@@ -114,8 +120,9 @@ class Batcher:
         self.computing = 0  # texts
         self.computing_tokens = 0
         self.ended = 0.0  # when a batch was last computed, by time.monotonic
-        self.most = 0  # texts that waited or were computed at a time since the last batch began
-        self.lately: deque[int] = deque(maxlen=BATCHES)  # ... and between the batches before
+        self.took = 0.0  # seconds
+        self.most = (0, 0)  # texts that waited or were computed at a time since the last batch began, and tokens
+        self.lately: deque[tuple[int, int]] = deque(maxlen=BATCHES)  # ... and between the batches before
         self.tokens_per_second = 1000.0
         self.changed = threading.Condition()
         self.closed = False
@@ -148,7 +155,8 @@ class Batcher:
             self.requests.append(request)
             self.waiting += len(request.reviews)
             self.waiting_tokens += sum(map(len, request.reviews))
-            self.most = max(self.most, self.waiting + self.computing)
+            texts, tokens = self.here()
+            self.most = max(texts, self.most[0]), max(tokens, self.most[1])
             self.changed.notify()
 
     def seconds_to_wait(self) -> int:
@@ -159,32 +167,47 @@ class Batcher:
         """Take batch after batch until closed and empty."""
         while work := self.take():
             engine, picked = work
-            self.compute(engine, picked)
-            with self.changed:
-                self.busy.remove(engine)
-                self.computing -= len(picked)
-                self.computing_tokens -= tokens_in(picked)
-                self.ended = time.monotonic()
-                self.changed.notify_all()
+            try:
+                self.compute(engine, picked)
+            finally:
+                with self.changed:
+                    self.busy.remove(engine)
+                    self.computing -= len(picked)
+                    self.computing_tokens -= tokens_in(picked)
+                    self.ended = time.monotonic()
+                    self.changed.notify_all()
 
     def take(self) -> tuple[Engine, Picked] | None:
         """The next batch and what computes it, waiting for both; nothing once closed and empty."""
-        with self.changed:
-            while True:
-                self.drop_late()
-                if self.requests and (engine := self.free_engine(self.requests[0].model)):
-                    if (seconds := self.seconds_for_company(engine)) > 0 and not self.closed:
+        while True:
+            with self.changed:
+                if not (late := self.late()):
+                    if self.requests and (engine := self.free_engine(self.requests[0].model)):
+                        if (seconds := self.seconds_for_company(engine)) <= 0 or self.closed:
+                            self.busy.append(engine)
+                            return engine, self.pick(engine, engine is not self.requests[0].model)
                         self.changed.wait(seconds)
-                        continue
-                    self.busy.append(engine)
-                    return engine, self.pick(engine, engine is not self.requests[0].model)
-                if self.closed and not self.requests:
-                    return None
-                self.changed.wait()
+                    elif self.closed and not self.requests:
+                        return None
+                    else:
+                        self.changed.wait()
+            for request in late:  # who is told may be slow to listen
+                request.done(TimeoutError("the answer took too long"))
+
+    def here(self) -> tuple[int, int]:
+        """The texts that wait or are computed, and their tokens."""
+        return self.waiting + self.computing, self.waiting_tokens + self.computing_tokens
+
+    def together(self, engine: Engine) -> float:
+        """The tokens that all of the engine computes at once."""
+        return max(ALTOGETHER * engine.batch_tokens, self.together_seconds * self.tokens_per_second)
 
     def free_engine(self, model: Loaded) -> Engine | None:
-        """What is to compute the next batch: all of the engine for a lone text or what it holds at once, else the lanes."""
-        few = self.waiting_tokens + self.computing_tokens <= ALTOGETHER * model.batch_tokens
+        """What is to compute the next batch: all of the engine for a lone text or what takes it a moment, else the lanes.
+
+        What was here lately counts, too: to turn from one way to the other costs more than either.
+        """
+        few = max(tokens for _, tokens in (self.here(), *self.lately)) <= self.together(model)
         if not self.busy and (self.waiting == 1 or few or not model.lanes):
             return model
         if few or any(each not in model.lanes for each in self.busy):
@@ -195,7 +218,7 @@ class Batcher:
         """Take a batch out of the line."""
         self.lately.append(self.most)
         budget = engine.batch_tokens
-        if not lane and self.waiting_tokens <= ALTOGETHER * budget:
+        if not lane and self.waiting_tokens <= self.together(engine):
             budget = max(budget, self.waiting_tokens + SHORTEST * self.waiting)
         picked = pick(self.requests, self.requests[0].model, budget, STEP if lane else 1)
         self.computing += len(picked)
@@ -203,7 +226,7 @@ class Batcher:
         for request, index in picked:
             self.waiting -= 1
             self.waiting_tokens -= len(request.reviews[index])
-        self.most = self.waiting + self.computing
+        self.most = self.here()
         self.requests = deque(request for request in self.requests if request.left)
         if self.requests:
             self.changed.notify()  # another thread may have a lane for them
@@ -214,19 +237,21 @@ class Batcher:
 
         Clients that were answered together mostly come back together, a little later.
         """
-        lately = max(self.lately, default=0)
-        if self.busy or self.waiting_tokens >= ALTOGETHER * engine.batch_tokens or self.waiting >= lately:
+        lately = max((texts for texts, _ in self.lately), default=0)
+        if self.busy or self.waiting_tokens >= self.together(engine) or self.waiting >= lately:
             return 0.0
-        return max(self.requests[0].arrived, self.ended) + self.wait_seconds - time.monotonic()
+        wait = min(self.wait_seconds, self.wait_share * self.took)
+        return max(self.requests[0].arrived, self.ended) + wait - time.monotonic()
 
-    def drop_late(self) -> None:
-        """Give up requests whose client has stopped waiting."""
+    def late(self) -> list[Request]:
+        """Take out of the line whose client has stopped waiting."""
         now = time.monotonic()
-        for request in [each for each in self.requests if each.deadline < now]:
+        found = [each for each in self.requests if each.deadline < now]
+        for request in found:
             self.requests.remove(request)
             self.waiting -= len(request.left)
             self.waiting_tokens -= request.tokens_left
-            request.done(TimeoutError("the answer took too long"))
+        return found
 
     def compute(self, engine: Engine, picked: Picked) -> None:
         """Compute a batch, and hand over the requests that are complete with it."""
@@ -242,6 +267,7 @@ class Batcher:
         with self.changed:
             rate = tokens * len(self.busy) / max(seconds, 1e-6)
             self.tokens_per_second += 0.1 * (rate - self.tokens_per_second)
+            self.took = seconds
             complete = [request for (request, index), values in zip(picked, logits, strict=True) if request.keep(index, values)]
         if complete:
             self.deliver(complete)

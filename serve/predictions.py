@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import time
 from typing import Any
 
 from flask import g, request
@@ -66,15 +67,17 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         text: str = not_blank(body.text)  # type: ignore[attr-defined]
         spans = explain.words(text)
         most = min(explain.MOST_WORDS, settings.max_texts - 1)
+        end = time.monotonic() + settings.timeout_seconds
         answer = classify(client, settings, g.request_id, [text])
         whole = answer["results"][0] | {"model_version": answer["model_version"]}
-        parts = ask(client, explain.without(text, spans[:most]), settings.timeout_seconds)["results"] if spans[:most] else []
+        rest = explain.without(text, spans[:most])
+        parts = ask(client, rest, max(0.0, end - time.monotonic()), settings)["results"] if rest else []
         return app.json.response(explain.explanation(text, spans[:most], whole, parts, len(spans[most:])))
 
 
 def classify(client: Any, settings: Settings, request_id: str, texts: list[str]) -> dict[str, Any]:
     """The model's answer to texts, logged and counted; raises RefusedError."""
-    answer = ask(client, texts, settings.timeout_seconds)
+    answer = ask(client, texts, settings.timeout_seconds, settings)
     note(settings, request_id, texts, answer)
     return answer
 
@@ -92,12 +95,12 @@ def note(settings: Settings, request_id: str, texts: list[str], answer: dict[str
         )  # fmt: skip
 
 
-def ask(client: Any, texts: list[str], seconds: float) -> dict[str, Any]:
-    """The model's answer to texts: `results`, `model_version`, `seconds`; raises RefusedError."""
+def ask(client: Any, texts: list[str], seconds: float, settings: Settings) -> dict[str, Any]:
+    """The model's answer to texts, within `seconds`: `results`, `model_version`, `seconds`; raises RefusedError."""
     try:
-        answer: dict[str, Any] = client.ask({"do": "predict", "texts": texts, "seconds": seconds}, seconds)
+        answer: dict[str, Any] = client.ask({"do": "predict", "texts": texts, "deadline": time.monotonic() + seconds}, seconds)
     except TimeoutError:
-        raise RefusedError(504, f"no answer within {seconds:g} s") from None
+        raise RefusedError(504, f"no answer within {settings.timeout_seconds:g} s") from None
     except UnreachableError:
         raise RefusedError(503, "the model is being started", retry_after=2) from None
     if "error" in answer:

@@ -33,6 +33,8 @@ from serve.watcher import Watcher
 SOCKET = "predictor.sock"
 LAST = "prepared.json"  # what the model was loaded from, for a process that takes over from one that died
 SEND_SECONDS = 5.0  # for an HTTP process to take an answer
+WAIT_SHARE = 0.25  # of the time that a batch took, for the next one to wait for company
+TOGETHER_SECONDS = 0.04  # what takes all of the engine no longer is computed by it at once
 log = logging.getLogger("serve.predictor")
 
 
@@ -42,8 +44,9 @@ class Predictor:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.path = settings, folder / SOCKET
         self.batcher = Batcher(
-            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings), deliver
-        )
+            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings), deliver,
+            WAIT_SHARE, TOGETHER_SECONDS,
+        )  # fmt: skip
         self.watcher = Watcher(settings, folder / LAST)
 
     def observe(self, texts: int, tokens: int, seconds: float) -> None:
@@ -70,15 +73,20 @@ class Predictor:
             threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
 
     def converse(self, connection: socket.socket) -> None:
-        """Answer the messages of a connection."""
+        """Answer the messages of a connection; at its end, or after a defect here, it is closed, and who asked asks again."""
         peer = wire.Peer(connection)
-        with connection, contextlib.suppress(OSError):
-            for messages in peer.messages():
-                for message in messages:
-                    if message["do"] == "describe":
-                        peer.send(self.describe())
-                if predictions := [message for message in messages if message["do"] == "predict"]:
-                    self.predict(predictions, peer)
+        with connection:
+            try:
+                for messages in peer.messages():
+                    for message in messages:
+                        if message["do"] == "describe":
+                            peer.send(self.describe())
+                    if predictions := [message for message in messages if message["do"] == "predict"]:
+                        self.predict(predictions, peer)
+            except OSError:
+                pass
+            except Exception as error:
+                log.error("messages could not be answered", exc_info=error)
 
     def describe(self) -> dict[str, Any]:
         """The model in service, and what waits."""
@@ -87,8 +95,9 @@ class Predictor:
 
     def predict(self, messages: list[dict[str, Any]], peer: wire.Peer) -> None:
         """Answer messages that came together: with what the model says, or with an `error` and its `status`; raises OSError."""
-        now, start = time.monotonic(), time.perf_counter()
-        self.watcher.looked.wait(messages[0]["seconds"])
+        start = time.perf_counter()
+        if not self.watcher.looked.is_set():
+            self.watcher.looked.wait(max(0.0, messages[0]["deadline"] - time.monotonic()))
         model = self.watcher.model
         if model is None:
             answer = unavailable("no model is loaded yet", int(self.settings.poll_seconds) + 1)
@@ -108,8 +117,8 @@ class Predictor:
             part = slice(begins, begins := begins + len(message["texts"]))
             number = message.get("id")
             failed = partial(fail, peer, number)
-            left = now + message["seconds"]
-            questions.append(Question(model, reviews[part], failed, left, peer=peer, number=number, cut=cut[part], start=start))
+            end = message["deadline"]
+            questions.append(Question(model, reviews[part], failed, end, peer=peer, number=number, cut=cut[part], start=start))
         with self.batcher.changed:  # so that they can be computed together
             full = [(question, why) for question in questions if (why := self.submit(question))]
         if full:
@@ -130,7 +139,7 @@ class Predictor:
         self.batcher.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class Question(Request):
     """A message, and where its answer goes."""
 
@@ -190,10 +199,18 @@ def wait_for_end(ending: threading.Event) -> None:
     ending.set()
 
 
+def end(dead: threading.ExceptHookArgs) -> None:
+    """End this process, to be started again: without one of its threads it would look alive and answer nothing."""
+    log.critical("a thread of the model's process died: %s", dead.thread and dead.thread.name, exc_info=dead.exc_value)
+    logging.shutdown()
+    os._exit(1)
+
+
 def main() -> None:
     settings, folder = load_settings(), Path(sys.argv[1])
     logs.setup(settings)
     logs.describe_machine()
+    threading.excepthook = end
     predictor, ending = Predictor(settings, folder), threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: the first one decides
     signal.signal(signal.SIGTERM, lambda *_: ending.set())

@@ -46,8 +46,9 @@ class Settings(BaseSettings):
         None, description="tokens computed together; default: what suits the engine"
     )
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
-        2.0,
-        description="how long a batch that is not full waits for as many texts as came together lately; a lone one never does",
+        10.0,
+        description="how long a batch that is not full waits at most for as many texts as came together lately, and a quarter of "
+        "the time that the last one took; a lone text never waits",
     )
     queue: Count = Field(256, description="requests that may wait; beyond that the answer is 503")
     queue_texts: Count = Field(1024, description="texts that may wait; beyond that a request of several texts is answered 503")

@@ -1,5 +1,6 @@
 """Messages between the HTTP processes and the model's process: JSON behind its length, over a Unix socket."""
 
+import contextlib
 import socket
 import struct
 import threading
@@ -60,9 +61,15 @@ class Peer:
                 yield found
 
     def send(self, *messages: Any) -> None:
-        """Send answers; raises OSError if they are not taken."""
+        """Send answers; raises OSError if they are not taken, and ends the connection, so that who asked hears of it."""
+        data = b"".join(map(packed, messages))
         with self.sending:
-            self.connection.sendall(b"".join(map(packed, messages)))
+            try:
+                self.connection.sendall(data)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                raise
 
 
 class Link:
@@ -79,13 +86,15 @@ class Link:
     def connect(self) -> socket.socket | None:
         """The connection, made if need be; None while nobody listens."""
         if self.connection is None:
-            connection = socket.socket(socket.AF_UNIX)
+            connection = None
             try:
+                connection = socket.socket(socket.AF_UNIX)
+                connection.setblocking(False)
                 connection.connect(str(self.path))
             except OSError:
-                connection.close()
+                if connection:
+                    connection.close()
                 return None
-            connection.setblocking(False)
             self.connection, self.stream = connection, Stream()
         return self.connection
 
@@ -152,6 +161,7 @@ class Client:
         if connection is None:
             connection = socket.socket(socket.AF_UNIX)
             self.local.connection = connection
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
             connection.connect(str(self.path))
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         connection.sendall(data)

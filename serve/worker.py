@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from functools import partial
 from http import HTTPStatus
 from itertools import count
@@ -28,6 +29,9 @@ from serve.supervisor import socket_path
 from serve.wire import Link
 
 LATE_SECONDS = 1.0  # for the model's process to say itself that an answer took too long
+LEAVE_SECONDS = 2.0  # for a client to hang up after its last answer
+LEFT_BYTES = 65_536  # that it may still send meanwhile
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 REFUSED = {"LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417, "UnsupportedTransferCoding": 501}
 log = logging.getLogger("serve.request")
 READ = "sentiment.read"  # in a request's environ: call it once the request has been read
@@ -37,6 +41,7 @@ class Connection(TConn):  # type: ignore[misc]
     """A client's connection."""
 
     held = b""  # of a request that has not come whole
+    left = 0  # bytes that came after the last answer
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -58,6 +63,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.link = Link(socket_path())
         self.asked: dict[int, Asked] = {}  # by the id of the question, the oldest first
         self.numbers = count()
+        self.leaving: deque[Connection] = deque()  # the first to be closed first
         self.unsent: list[dict[str, Any]] = []
 
     def init_signals(self) -> None:
@@ -75,7 +81,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         try:
             client, address = listener.accept()
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
+            if error.errno in FULL:
+                log.error("no connection can be taken: %s", error.strerror)
+                self.set_accept_enabled(False)  # for this turn
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
                 raise
             return
         self.nr_conns += 1
@@ -110,8 +119,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except OSError:
             data = b""
         if not data and not conn.held:
-            self.nr_conns -= 1
-            conn.close()
+            self.close(conn)
             return
         held, conn.held = conn.held, b""
         data, more = held + data, bool(data)
@@ -140,17 +148,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except Exception as error:  # a defect here must not end the loop
             log.error("a request could not be read the short way", exc_info=error)
             return False
+        if not asked:
+            return False
         fresh = self.link.connection is None
-        connection = self.link.connect() if asked else None
-        if not asked or not connection:
+        connection = self.link.connect()
+        if not connection:
             return False
         if fresh:
             self.poller.register(connection, selectors.EVENT_READ, self.on_answers)
         number = next(self.numbers)
         self.asked[number] = asked
-        self.unsent.append(
-            {"do": "predict", "id": number, "texts": [asked.text], "seconds": self.direct.settings.timeout_seconds}
-        )
+        self.unsent.append({"do": "predict", "id": number, "texts": [asked.text], "deadline": asked.deadline})
         return True
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
@@ -173,7 +181,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Hand on what the model has answered."""
         try:
             answers = self.link.answers()
-        except OSError:
+        except (OSError, ValueError):
             self.cut()
             return
         found = [(asked, answer) for answer in answers if (asked := self.asked.pop(answer["id"], None))]
@@ -202,18 +210,66 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Send an answer; a client that does not take it at once, of so few bytes, loses its connection."""
         conn = asked.connection
         keep = self.alive and bool(self.cfg.keepalive) and len(self.keepalived_conns) < self.max_keepalived
-        data = self.direct.response(asked, answer, keep)
         try:
+            data = self.direct.response(asked, answer, keep)
             whole = conn.sock.send(data) == len(data)
         except OSError:
             whole = False
-        if not whole or not keep:
-            self.nr_conns -= 1
-            conn.close(graceful=whole)
+        except Exception as error:
+            log.error("an answer could not be written", exc_info=error)
+            whole = False
+        if not whole:
+            self.close(conn)
+            return
+        if not keep:
+            self.part(conn)
             return
         conn.set_timeout()
         self.keepalived_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+
+    def close(self, conn: Connection) -> None:
+        """Close a connection that the poller does not know."""
+        self.nr_conns -= 1
+        conn.close()
+
+    def part(self, conn: Connection) -> None:
+        """Say that no more answers come, and wait for the client to hang up: closing at once could cost it the last one.
+
+        Gunicorn waits in its main loop (RFC 9112, 9.6), where all others would wait, too.
+        """
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+        except OSError:
+            self.close(conn)
+            return
+        conn.timeout = time.monotonic() + LEAVE_SECONDS
+        self.leaving.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_rest, conn))
+
+    def on_rest(self, conn: Connection, client: socket.socket) -> None:
+        """Read what a client sends after its last answer; close once it hangs up, or sends too much."""
+        try:
+            data = client.recv(LONGEST)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        conn.left += len(data)
+        if not data or conn.left > LEFT_BYTES:
+            self.poller.unregister(client)
+            self.leaving.remove(conn)
+            self.close(conn)
+
+    def finish_request(self, conn: TConn, fs: Any) -> None:
+        """Keep or end a connection whose request a thread has answered."""
+        if not isinstance(conn, Connection) or not (fs.cancelled() or fs.exception() or not fs.result()):
+            super().finish_request(conn, fs)
+        elif conn.sock.fileno() < 0:  # closed in the thread
+            self.nr_conns -= 1
+        else:
+            self.part(conn)
 
     # Threads.
 
@@ -243,13 +299,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.wsgi = watched
 
     def murder_keepalived(self, force: bool = False) -> None:
-        """Hang up on slow clients, and give up questions without an answer, at each turn of Gunicorn's loop."""
+        """Hang up on slow and parting clients, and give up questions without an answer, at each turn of Gunicorn's loop."""
         super().murder_keepalived(force)
         now = time.monotonic()
         for conn, deadline in list(self.deadlines.items()):
             if deadline < now:
                 with contextlib.suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)
+        while self.leaving and self.leaving[0].timeout < now:
+            conn = self.leaving.popleft()
+            self.poller.unregister(conn.sock)
+            self.close(conn)
         while self.asked and (asked := next(iter(self.asked.values()))).deadline + LATE_SECONDS < now:
             del self.asked[next(iter(self.asked))]
             late = {"error": f"no answer within {self.direct.settings.timeout_seconds:g} s", "status": 504}

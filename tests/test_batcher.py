@@ -185,6 +185,48 @@ def test_a_failing_model_fails_its_requests_and_not_the_next(batcher, model):
     assert (batcher.waiting, batcher.waiting_tokens) == (0, 0)
 
 
+def test_a_failure_leaves_those_that_wait_beside_it_alone(batcher, model):
+    class Failing(Doubling):
+        def logits(self, reviews):
+            super().logits(reviews)
+            raise ValueError("nada feito")
+
+    failing = Failing()
+    failing.go.clear()
+    bad = [submitted(batcher, failing, 8)]
+    wait_until(lambda: batcher.computing)
+    bad += [submitted(batcher, failing, 8, 70) for _ in range(3)] + [submitted(batcher, failing, 9)]
+    good = submitted(batcher, model, 8)
+    failing.go.set()
+    assert all(isinstance(client.wait(), ValueError) for client in bad)
+    assert good.wait()[0, 0] == 16
+    assert [len(client.results) for client in bad] == [1] * 5
+    assert (batcher.waiting, batcher.waiting_tokens, batcher.busy) == (0, 0, [])
+
+
+def test_a_late_request_in_the_middle_of_the_line_is_given_up(model):
+    batcher = Batcher(places=64)
+    clients = [Client(model, 8, seconds=seconds) for seconds in (30, -1, 30, -1)]
+    for client in clients:
+        batcher.submit(client.request)
+    batcher.start()
+    assert [isinstance(client.wait(), TimeoutError) for client in clients] == [False, True, False, True]
+    assert model.batches == [[8, 8]]
+    batcher.close()
+
+
+def test_a_client_that_is_slow_to_hear_that_it_is_late_holds_up_nobody(batcher, model):
+    heard, late = threading.Event(), Client(model, 9, seconds=-1)
+    late.request.done = lambda _: heard.wait(10)
+    batcher.submit(late.request)
+    wait_until(lambda: not batcher.waiting)
+    line = threading.Thread(target=lambda: batcher.submit(Client(model, 8).request))
+    line.start()
+    line.join(5)
+    assert not line.is_alive()
+    heard.set()
+
+
 def test_a_late_request_is_given_up_and_not_computed(batcher, model):
     late, good = Client(model, 9, seconds=-1), Client(model, 8)
     batcher.submit(late.request)
@@ -224,6 +266,13 @@ def test_a_text_waits_for_those_that_came_along_lately(patient, model):
     submitted(patient, model, 12).wait()
     first.wait()
     assert model.batches == [[10, 10], [11, 12]]
+
+
+def test_it_waits_for_company_a_share_of_the_time_that_a_batch_takes(patient, model):
+    patient.wait_share = 0.25
+    wait_until(lambda: not patient.computing)
+    assert submitted(patient, model, 11).wait()[0, 0] == 22
+    assert model.batches == [[10, 10], [11]]
 
 
 def test_a_full_batch_waits_for_nobody(patient, model):
@@ -276,6 +325,16 @@ def test_what_one_lane_would_hold_is_computed_by_all_of_the_engine(laned):
     assert (model.batches, [lane.batches for lane in model.lanes]) == ([[20], [500]], [[], []])
 
 
+def test_what_takes_a_moment_is_computed_by_all_of_the_engine():
+    model = Laned(2)
+    batcher = Batcher(places=64, lanes=2, together_seconds=0.2)
+    for _ in range(2):  # together 200 of the 1,000 tokens a second that are supposed at first
+        batcher.submit(Client(model, 30, 30, 30).request)
+    batcher.start()
+    batcher.close()
+    assert (model.batches, [lane.batches for lane in model.lanes]) == ([[30] * 6], [[], []])
+
+
 def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned):
     model, batcher = laned
     model.go.clear()
@@ -295,19 +354,42 @@ def test_a_line_is_computed_by_lanes_side_by_side_once_the_engine_is_free(laned)
     assert model.batches[0] == [30]
 
 
-def test_few_tokens_wait_for_all_of_the_engine_where_a_lane_is_still_busy(laned):
+def test_what_is_left_of_a_line_is_computed_by_the_lanes_as_the_line_was(laned):
     model, batcher = laned
     for lane in model.lanes:
         lane.go.clear()
     client = submitted(batcher, model, 32, 32, 32, 16)
     wait_until(lambda: len(batcher.busy) == 2)
     model.lanes[0].go.set()
-    wait_until(lambda: batcher.busy == model.lanes[1:])
-    time.sleep(0.02)
-    assert (batcher.busy, batcher.waiting) == (model.lanes[1:], 2)
+    wait_until(lambda: not batcher.waiting)
     model.lanes[1].go.set()
     assert client.wait().tolist() == [[64], [64], [64], [32]]
-    assert model.batches == [[32, 16]]
+    assert ([lane.batches for lane in model.lanes], model.batches) == ([[[32], [32], [16]], [[32]]], [])
+
+
+def test_the_lanes_are_left_once_no_batch_lately_was_of_a_line(laned):
+    model, batcher = laned
+    submitted(batcher, model, 32, 32, 32, 16).wait()
+    for _ in range(BATCHES):
+        assert submitted(batcher, model, 20).wait()[0, 0] == 40
+    wait_until(lambda: not batcher.computing)
+    lanes = sum(len(lane.batches) for lane in model.lanes)
+    assert submitted(batcher, model, 20, 20).wait().tolist() == [[40], [40]]
+    assert model.batches[-1] == [20, 20]
+    assert sum(len(lane.batches) for lane in model.lanes) == lanes
+
+
+def test_few_tokens_wait_for_all_of_the_engine_while_it_computes(laned):
+    model, batcher = laned
+    model.go.clear()
+    first = submitted(batcher, model, 20)
+    wait_until(lambda: batcher.busy == [model])
+    rest = [submitted(batcher, model, 20) for _ in range(3)]
+    time.sleep(0.02)
+    assert (batcher.busy, batcher.waiting) == ([model], 3)
+    model.go.set()
+    assert [client.wait()[0, 0] for client in (first, *rest)] == [40] * 4
+    assert model.batches == [[20], [20] * 3]
 
 
 def test_a_request_that_fails_in_one_lane_is_answered_once(laned):

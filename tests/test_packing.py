@@ -51,8 +51,8 @@ def test_little_of_the_rows_is_padding():
 
 
 def test_rows_have_few_widths():
-    assert {row_width(n) for n in range(1, 257)} == set(range(32, 257, 32))
-    assert row_width(257) == 384
+    assert {row_width(n) for n in range(1, 385)} == set(range(32, 385, 32))
+    assert row_width(385) == 512
 
 
 def test_a_row_of_shortest_reviews_has_a_place_for_each():

@@ -504,6 +504,24 @@ def test_a_client_of_http_1_0_is_answered_and_hung_up_on(service):
     assert statuses(exchange(service, b"GET /live HTTP/1.0\r\n\r\n")) == [200]
 
 
+def test_clients_that_do_not_hang_up_after_their_last_answer_hold_up_nobody(service):
+    staying = [connect(service) for _ in range(60)]
+    for connection in staying:
+        connection.sendall(b"GET /live HTTP/1.0\r\n\r\n")
+    for connection in staying:
+        assert statuses(received(connection)) == [200]  # the answer has an end, though they say nothing
+    body = b'{"text": "adorei o produto"}'  # to wait two seconds for each of them would be a minute for each of two processes
+    assert service.request("POST", "/predict", body, {"Content-Type": "application/json"}, seconds=20)[0] == 200
+    for connection in staying:
+        connection.close()
+
+
+def test_what_comes_after_the_last_answer_does_not_cost_a_client_that_answer(service):
+    connection = connect(service)
+    connection.sendall(b"GET /live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" + b"GET /live HTTP/1.1\r\n" * 100)
+    assert statuses(received(connection)) == [200]
+
+
 def test_nothing_failed_in_all_of_this(service):
     assert [line for line in service.log() if " ERROR " in line or " CRITICAL " in line or "trace=" in line] == []
     assert "Traceback" not in service.output.read_text(encoding="utf-8", errors="replace")
