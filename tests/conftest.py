@@ -33,6 +33,13 @@ REVIEWS = 600  # of the sample, for a run of the whole pipeline
 OUTSIDE = ("GIT_", "DVC_", "XDG_")  # variables of the user that would reach into the repositories
 
 
+def pytest_configure():
+    """Give each of several processes cores of its own: they, and all that they start, would fight over them."""
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
+
+
 class Repository:
     """A git repository with the project's pipeline in it, or a pretended one, and its commands."""
 
