@@ -128,6 +128,7 @@ class Steps(Section):
 class Train(Steps):
     ensemble: Annotated[list[Text], Field(min_length=2)] | None
     patience: Count | None
+    ties: Annotated[float, Field(ge=0)]
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]

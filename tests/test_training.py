@@ -117,13 +117,26 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path, monkeypatch)
     scores = iter([0.5, 0.9, 0.7, 0.6, 0.99])
     real, seen = training.metrics.score, []
     monkeypatch.setattr(training.metrics, "score", lambda *args: real(*args) | {"f1_macro": next(scores)})
-    loop, _ = loop_in(tmp_path, epochs=5, patience=2)
+    loop, _ = loop_in(tmp_path, epochs=5, patience=2, ties=0.0)
     is_last = loop.is_last
     loop.is_last = lambda: (seen.append(weights(loop)), is_last())[1]
     result = loop.run()
     assert result.best_epoch == 2
     assert len(result.history) == 4
     assert weights(loop) == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("below", "kept", "epochs"),
+    [((0.0, 0.9, 0.9), 3, 3), ((0.0, 1.1, 0.9), 3, 3), ((0.0, 0.9, 1.5), 2, 3), ((0.0, 1.1, 1.1, 0.5), 1, 3)],
+)
+def test_of_epochs_that_cannot_be_told_apart_the_last_is_kept(tmp_path, monkeypatch, below, kept, epochs):
+    loop, _ = loop_in(tmp_path, epochs=len(below), patience=2, ties=1.0)
+    error = (0.9 * 0.1 / len(loop.validation_labels)) ** 0.5
+    scores, real = iter([0.9 - number * error for number in below]), training.metrics.score
+    monkeypatch.setattr(training.metrics, "score", lambda *args: real(*args) | {"f1_macro": next(scores), "accuracy": 0.9})
+    result = loop.run()
+    assert (result.best_epoch, len(result.history)) == (kept, epochs)
 
 
 @pytest.mark.parametrize("adversarial", [0.0, 0.5])
