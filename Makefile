@@ -23,7 +23,7 @@ serve: .venv/installed  ## answer HTTP requests on port 8000 with the model in p
 	gunicorn -c serve/gunicorn.conf.py serve.app:app
 
 test: .venv/dev-installed  ## run the tests, a file on each of up to four cores at a time
-	python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev-installed  ## run the linters
 	ruff check . && ruff format --check . && mypy

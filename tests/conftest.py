@@ -29,6 +29,7 @@ TINY = {
     "promote.min_slice_accuracy": None,
     "promote.max_check_failure_rate": None,
 }
+LONGEST = ["test_serve_registry", "test_pipeline", "test_ensemble", "test_serve_hostile", "test_tune", "test_promotion"]
 REVIEWS = 600  # of the sample, for a run of the whole pipeline
 OUTSIDE = ("GIT_", "DVC_", "XDG_")  # variables of the user that would reach into the repositories
 
@@ -38,6 +39,11 @@ def pytest_configure():
     if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
+
+
+def pytest_collection_modifyitems(items):
+    """Let the files that take the longest begin, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 class Repository:
