@@ -24,6 +24,7 @@ from sentiment.packing import Row, bins, pack
 
 CACHE = Path("models/registry/engines")
 HASHED = ("model.safetensors", "config.json", "tokenizer.json", "inference.json")
+QUICK = "quick"  # the folder, within a model's, of what is made in a hurry
 FORMAT = 2  # of the files in the cache
 CALIBRATION_ROWS = 64  # packed rows whose activations int8 is fitted to
 
@@ -89,7 +90,8 @@ def write_choice(converted: Path, engine: str, choice: Choice) -> None:
     for path in converted.iterdir():
         if path.suffix in (".xml", ".bin", ".onnx") and path.name not in needed:
             path.unlink()
-    remove(converted / "quick")
+    for path in [path for path in converted.iterdir() if path.is_dir()]:  # made in a hurry, or left by what was killed
+        remove(path)
 
 
 def convert(classifier: Classifier, converted: Path, engine: str, precision: str, examples: list[np.ndarray]) -> None:

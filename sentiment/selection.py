@@ -112,7 +112,7 @@ def reviews_of(registry: "Registry | None", version: "Version | None") -> "pd.Da
 
 def quick(model: Path, converted: Path, engine: str) -> tuple[Choice, Path]:
     """fp32 on OpenVINO (or on the engine asked for), ready in seconds, and its folder: another process may be measuring."""
-    converted /= "quick"
+    converted /= conversion.QUICK
     with conversion.locked(converted):
         classifier = Classifier.load(model, "cpu")
         first = candidates(classifier, engine)[-1]

@@ -137,6 +137,7 @@ class Predictor:
     def close(self) -> None:
         """Answer what was taken."""
         self.batcher.close()
+        self.watcher.close()
 
 
 @dataclass(eq=False)

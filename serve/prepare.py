@@ -8,6 +8,7 @@ Run: python -m serve.prepare --output prepared.json --model production
 import argparse
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger("serve.prepare")
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that nothing half-made is left
     logging.basicConfig(level=logging.INFO, format=logs.FORMAT)
     try:
         write_json(options.output, prepare(options))

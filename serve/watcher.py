@@ -3,24 +3,23 @@
 import gc
 import logging
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sentiment.errors import CheckpointError, ProjectError, RegistryError
+from sentiment.conversion import QUICK
+from sentiment.errors import CheckpointError, ProjectError
 from sentiment.files import read_json, write_json
 from sentiment.registry import Registry
 from serve import metrics
 from serve.logs import event
 from serve.model import Model, most_lanes
+from serve.preparation import Preparation
 from serve.settings import Settings
 
 RETRY_SECONDS = 60.0  # until a model that failed is tried again, if the tags have not changed
-NICE = 10  # measuring engines gives way to serving
 log = logging.getLogger("serve.registry")
 
 
@@ -33,10 +32,12 @@ class Watcher:
         self.failure: dict[str, str] | None = None
         self.looked = threading.Event()  # set once there was time to load a model
         self.final = False  # whether the engine in use was measured
-        self.unmeasurable: str | None = None  # the conversions of a model whose measuring failed: not again and again
+        self.measuring: Preparation | None = None  # of the engines of the model in service
+        self.unmeasurable: Path | None = None  # the conversions of a model whose measuring failed: not again and again
         self.seen: str | None = None  # the tags that the model was found by
         self.failed_at = float("-inf")
-        self.forced = False
+        self.forced = self.ended = False
+        self.ending = threading.Lock()
         self.wake = threading.Event()
         self.registry: Registry | None = None
         self.thread = threading.Thread(target=self.run, name="registry", daemon=True)
@@ -53,7 +54,7 @@ class Watcher:
     def run(self) -> None:
         """Look at the tags again and again."""
         self.resume()
-        while True:
+        while not self.ended:
             try:
                 self.look()
             except Exception as error:
@@ -73,15 +74,41 @@ class Watcher:
             self.fail("the model served before cannot be loaded again", error)
 
     def look(self) -> None:
-        """Load the model that the tags name, if they have changed; or measure the engines of one that is served in fp32."""
+        """Load the model that the tags name, if they have changed; measure the engines of one that is served in fp32.
+
+        Measuring takes minutes, and a promotion does not wait for it.
+        """
         forced, self.forced = self.forced, False
         state = self.state()
         retry = self.failure and time.monotonic() - self.failed_at > RETRY_SECONDS
         if forced or retry or state != self.seen:
+            if state != self.seen:
+                self.unmeasurable = None
             self.seen = state
-            self.bring(quick=True)
-        if self.model and not self.final and self.model.prepared["converted"] != self.unmeasurable:
-            self.bring(quick=False)
+            before = self.model
+            self.bring(Preparation(self.settings, quick=True), "the model cannot be loaded")
+            if self.model is not before:
+                self.stop_measuring()
+        if (measuring := self.measuring) and not measuring.runs:
+            self.measuring = None
+            if not self.bring(measuring, "the engines cannot be measured") and self.model:
+                self.unmeasurable = converted(self.model)
+        if self.model and not self.final and not self.measuring and converted(self.model) != self.unmeasurable:
+            with self.ending:
+                if not self.ended:
+                    self.measuring = Preparation(self.settings, quick=False, done=self.wake.set)
+
+    def stop_measuring(self) -> None:
+        """Stop measuring, if engines are being measured."""
+        if measuring := self.measuring:
+            self.measuring = None
+            measuring.stop()
+
+    def close(self) -> None:
+        """Follow no longer."""
+        with self.ending:
+            self.ended = True
+        self.stop_measuring()
 
     def state(self) -> str:
         """What the tags are now; nothing changes for a plain folder."""
@@ -91,24 +118,26 @@ class Watcher:
             self.registry = Registry.open(self.settings.repo, self.settings.copies)
         return self.registry.state()
 
-    def bring(self, quick: bool) -> None:
-        """Prepare and load the model, and let it take over if it is another one, or on another engine."""
+    def bring(self, preparation: Preparation, failing: str) -> bool:
+        """Load what was prepared, and let it take over if it is another model, or on another engine.
+
+        Returns whether all went well.
+        """
         try:
-            prepared = prepare(self.settings, quick)
+            prepared = preparation.result()
             if self.model and self.is_served(prepared):
                 self.final = prepared["final"]
                 self.failure = None
-                return
-            model = self.load(prepared, quick)
+                return True
+            model = self.load(prepared)
         except Exception as error:
-            self.fail("the model cannot be loaded" if quick else "the engines cannot be measured", error)
-            if self.model and not quick:
-                self.unmeasurable = self.model.prepared["converted"]
-            return
+            self.fail(failing, error)
+            return False
         self.take_over(model)
         write_json(self.last, model.prepared)
+        return True
 
-    def load(self, prepared: dict[str, Any], quick: bool) -> Model:
+    def load(self, prepared: dict[str, Any]) -> Model:
         """Load a model that was prepared; raises CheckpointError.
 
         Another service may have finished measuring this model's engines in between, and so removed the graph that was made in
@@ -118,7 +147,7 @@ class Watcher:
         try:
             return self.loaded(prepared)
         except CheckpointError:
-            again = prepare(self.settings, quick)
+            again = Preparation(self.settings, quick=True).result()
             if again["converted"] == prepared["converted"]:
                 raise
             return self.loaded(again)
@@ -165,20 +194,7 @@ class Watcher:
         return model | {"model_loaded": self.model is not None, "engine_measured": self.final, "failure": self.failure}
 
 
-def prepare(settings: Settings, quick: bool) -> dict[str, Any]:
-    """What serve.prepare finds, in a process of its own; raises CheckpointError or RegistryError with its words."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "prepared.json"
-        command = [sys.executable, "-m", "serve.prepare", "--output", str(output), "--model", settings.model]
-        command += ["--repo", settings.repo, "--engine", settings.engine, "--device", settings.device]
-        command += ["--cache", str(settings.cache), "--copies", str(settings.copies), *(["--quick"] if quick else [])]
-        command += ["--reviews", str(settings.reviews)] if settings.reviews else []
-        command += ["--threads", str(settings.threads)] if settings.threads else []
-        nice = [] if quick else ["nice", "-n", str(NICE)]
-        done = subprocess.run([*nice, *command], capture_output=True, text=True, errors="replace", check=False)
-        if not output.is_file():
-            raise CheckpointError(f"serve.prepare ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-        prepared: dict[str, Any] = read_json(output)
-    if "error" in prepared:
-        raise RegistryError(prepared["error"])
-    return prepared
+def converted(model: Model) -> Path:
+    """The folder of a model's conversions, also of those made in a hurry."""
+    folder = Path(model.prepared["converted"])
+    return folder.parent if folder.name == QUICK else folder

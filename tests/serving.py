@@ -82,7 +82,7 @@ class Service:
                     return
             except OSError:
                 pass
-            time.sleep(0.05)
+            time.sleep(0.1)
         raise AssertionError(f"it did not come to pass in {seconds} s\n{self.tail()}")
 
     def tail(self):
@@ -154,7 +154,7 @@ class Load:
     `answers` holds (status, model version) of every answer, `errors` what else happened.
     """
 
-    def __init__(self, service, clients=3, text="adorei o produto", pause=0.02):
+    def __init__(self, service, clients=3, text="adorei o produto", pause=0.05):
         self.service, self.text, self.pause = service, text, pause
         self.answers, self.errors, self.stopped = [], [], threading.Event()
         self.threads = [threading.Thread(target=self.ask) for _ in range(clients)]

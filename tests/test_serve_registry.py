@@ -4,12 +4,17 @@ import signal
 import time
 from itertools import pairwise
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import models
+from sentiment import conversion
+from sentiment.errors import CheckpointError
 from sentiment.registry import Registry
-from serving import Load, Service
+from serve import prepare
+from serve.model import Model
+from serving import Load, Service, choose_engine
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,15 @@ def one_version(pretended, copy_of, tmp_path_factory):
 @pytest.fixture
 def repository(one_version, copy_of, tmp_path):
     return copy_of(one_version, tmp_path / "repository")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """A cache with the choice of the engine for every model of this file."""
+    folder = tmp_path_factory.mktemp("engines")
+    for seed in range(1, 6):
+        choose_engine(models.model_folder(folder / f"model-{seed}", seed=seed), folder / "cache")
+    return folder / "cache"
 
 
 def promote(repository, lr, seed, damage=None):
@@ -62,8 +76,8 @@ def test_production_is_served_and_named(repository, environment, tmp_path):
         assert metric(service, "sentiment_model_info", version="v1.0.0") == 1
 
 
-def test_no_request_fails_while_a_better_model_takes_over_and_while_going_back(repository, environment, tmp_path):
-    with Service(tmp_path / "service", environment, repo=repository.path) as service, Load(service) as load:
+def test_no_request_fails_while_a_better_model_takes_over_and_while_going_back(repository, engines, environment, tmp_path):
+    with Service(tmp_path / "service", environment, repo=repository.path, cache=engines) as service, Load(service) as load:
         load.wait_for(50)
         promote(repository, 0.9, seed=2)
         service.wait(lambda: version_of(service) == "v1.1.0", 60)
@@ -99,29 +113,67 @@ def pickle_only(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
 
 
-def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, environment, tmp_path):
-    with Service(tmp_path / "service", environment, repo=repository.path) as service, Load(service) as load:
+@pytest.mark.parametrize("damage", [cut_weights, make_not_finite, pickle_only])
+def test_a_broken_model_is_not_loaded(damage, tmp_path):
+    folder = models.model_folder(tmp_path / "model", seed=1)
+    damage(folder)
+    options = ["--output", "", "--model", str(folder), "--cache", str(tmp_path / "engines"), "--engine", "openvino", "--quick"]
+    with pytest.raises(CheckpointError):
+        Model.load(prepare.prepare(prepare.parser().parse_args(options)), threads=1, batch_tokens=None)
+
+
+def test_a_broken_model_leaves_the_old_one_serving_and_is_reported(repository, engines, environment, tmp_path):
+    with (
+        Service(tmp_path / "service", environment, repo=repository.path, cache=engines) as service,
+        Load(service) as load,
+    ):
         load.wait_for(5)
-        for k, damage in enumerate([cut_weights, make_not_finite, pickle_only]):
-            failures = metric(service, "sentiment_model_load_failures_total")
-            promote(repository, 0.85 + k / 20, seed=2 + k, damage=damage)
-            service.wait(lambda before=failures: metric(service, "sentiment_model_load_failures_total") > before, 60)
-            load.wait_for(5)
-            status, _, health = service.get("/health")
-            assert (status, health["model_version"]) == (200, "v1.0.0")
-            assert health["failure"]["what"] == "the model cannot be loaded"
-            assert str(tmp_path) not in str(health)
+        promote(repository, 0.9, seed=2, damage=make_not_finite)
+        service.wait(lambda: metric(service, "sentiment_model_load_failures_total") == 1, 60)
+        load.wait_for(5)
+        status, _, health = service.get("/health")
+        assert (status, health["model_version"]) == (200, "v1.0.0")
+        assert health["failure"]["what"] == "the model cannot be loaded"
+        assert str(tmp_path) not in str(health)
         assert set(load.answers) == {(200, "v1.0.0")}
         assert load.errors == []
         assert metric(service, "sentiment_model_failing") == 1
         assert any("ERROR serve.registry" in line and "still=v1.0.0" in line for line in service.log())
         promote(repository, 1.0, seed=5)
-        service.wait(lambda: version_of(service) == "v1.4.0", 60)
+        service.wait(lambda: version_of(service) == "v1.2.0", 60)
         assert metric(service, "sentiment_model_failing") == 0
 
 
-def test_sighup_makes_it_look_at_once_and_loses_no_request(repository, environment, tmp_path):
-    with Service(tmp_path / "service", environment, repo=repository.path, poll_seconds=3600) as service:
+def preparations(service):
+    """The processes of serve.prepare that a service has started."""
+    predictor = psutil.Process(service.children()["predictor"][0])
+    return [each for each in predictor.children(recursive=True) if "serve.prepare" in " ".join(each.cmdline())]
+
+
+def test_a_promotion_does_not_wait_until_the_engines_of_the_model_before_are_measured(repository, environment, tmp_path):
+    with Service(tmp_path / "service", environment, repo=repository.path) as service:
+        (measured,) = (tmp_path / "service" / "engines").iterdir()
+        with conversion.locked(measured):  # as another process does that takes its time
+            service.wait(lambda: len(preparations(service)) == 1)
+            promote(repository, 0.9, seed=2)
+            service.wait(lambda: version_of(service) == "v1.1.0", 60)
+        service.wait(lambda: service.get("/health")[2]["engine_measured"], 60)
+        assert version_of(service) == "v1.1.0"
+        assert not (measured / "openvino.json").exists()
+
+
+def test_a_service_that_ends_measures_no_longer(repository, environment, tmp_path):
+    with Service(tmp_path / "service", environment, repo=repository.path) as service:
+        (measured,) = (tmp_path / "service" / "engines").iterdir()
+        with conversion.locked(measured):
+            service.wait(lambda: len(preparations(service)) == 1)
+            (measuring,) = preparations(service)
+            assert service.stop() == 0
+            assert not measuring.is_running()
+
+
+def test_sighup_makes_it_look_at_once_and_loses_no_request(repository, engines, environment, tmp_path):
+    with Service(tmp_path / "service", environment, repo=repository.path, cache=engines, poll_seconds=3600) as service:
         service.wait(lambda: service.get("/health")[2]["engine_measured"], 60)
         before = service.children()
         promote(repository, 0.9, seed=2)
@@ -136,9 +188,9 @@ def test_sighup_makes_it_look_at_once_and_loses_no_request(repository, environme
         assert service.children() == before
 
 
-def test_a_pinned_version_stays_when_another_is_promoted(repository, environment, tmp_path):
+def test_a_pinned_version_stays_when_another_is_promoted(repository, engines, environment, tmp_path):
     promote(repository, 0.9, seed=2)
-    with Service(tmp_path / "service", environment, repo=repository.path, model="v1.0.0") as service:
+    with Service(tmp_path / "service", environment, repo=repository.path, cache=engines, model="v1.0.0") as service:
         assert version_of(service) == "v1.0.0"
         promote(repository, 0.95, seed=3)
         service.process.send_signal(signal.SIGHUP)
@@ -164,7 +216,8 @@ def test_a_service_without_a_model_answers_503_and_takes_the_first_one_promoted(
 
 
 def test_two_services_on_one_clone_serve_and_follow_it(repository, environment, tmp_path):
-    shared = {"repo": repository.path, "cache": tmp_path / "engines"}
+    cache = choose_engine(repository.path / "models" / "sentiment", tmp_path / "engines")
+    shared = {"repo": repository.path, "cache": cache}
     one, two = (Service(tmp_path / name, environment, **shared) for name in ("one", "two"))
     try:
         one.process = None
@@ -183,7 +236,7 @@ def test_two_services_on_one_clone_serve_and_follow_it(repository, environment, 
             service.stop()
 
 
-def test_a_git_url_is_served_from_its_dvc_remote_and_followed(repository, environment, tmp_path):
+def test_a_git_url_is_served_from_its_dvc_remote_and_followed(repository, engines, environment, tmp_path):
     repository.run("dvc", "remote", "add", "--default", "loja", str(tmp_path / "loja"))
     repository.commit("um remoto")
     promote(repository, 0.85, seed=4)
@@ -191,7 +244,7 @@ def test_a_git_url_is_served_from_its_dvc_remote_and_followed(repository, enviro
     bare = tmp_path / "origem.git"
     repository.git("clone", "--quiet", "--bare", str(repository.path), str(bare))
     repository.git("remote", "add", "origin", str(bare))
-    with Service(tmp_path / "service", environment, repo=f"file://{bare}", copies=tmp_path / "copies") as service:
+    with Service(tmp_path / "service", environment, repo=f"file://{bare}", cache=engines, copies=tmp_path / "copies") as service:
         assert service.predict()["model_version"] == "v1.1.0"
         promote(repository, 0.9, seed=5)
         repository.run("dvc", "push", "--all-tags")
