@@ -8,7 +8,7 @@ import torch
 from scipy.special import softmax
 
 from models import model_folder, reviews, settings
-from sentiment import conversion, engines, ensemble, members
+from sentiment import conversion, engines, members
 from sentiment.classifier import Classifier
 from sentiment.engines import Choice
 from sentiment.errors import CheckpointError, TrainingError
@@ -137,24 +137,6 @@ def test_a_member_with_another_tokenizer_is_refused(folders, tmp_path):
 def test_an_ensemble_is_no_member(averaged, folders):
     with pytest.raises(TrainingError, match="is an ensemble itself"):
         members.check([Member("v2.0.0", averaged)], settings(), folders[0] / "tokenizer.json", DATA)
-
-
-@pytest.mark.slow
-def test_two_experiments_are_averaged_evaluated_and_judged_like_one_model(trained_project, tmp_path, copy_of):
-    repository = copy_of(trained_project, tmp_path / "project")
-    repository.run("dvc", "exp", "run", "--name", "outra", "--set-param", "train.seed=7")
-    repository.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]")
-    metadata = read_json(repository.path / "models/sentiment/metadata.json")
-    assert [each["model"] for each in metadata["members"]] == ["v1.0.0", "outra"]
-    assert ensemble.is_ensemble(repository.path / "models/sentiment")
-    assert len({each["sha256"] for each in metadata["members"]}) == 2
-    assert repository.decision()["verdict"] in ("promoted", "kept")
-    done = repository.run(
-        "python", "-m", "sentiment.predict", "data/sample/reviews.csv", "--model", "models/sentiment", "--output", "scored.csv"
-    )
-    assert "Traceback" not in done.stderr
-    failed = repository.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,v9.9.9]", check=False)
-    assert "names v9.9.9, whose model is not to be had" in failed.stdout + failed.stderr
 
 
 def test_another_engine_than_torch_can_be_asked_for(averaged):

@@ -9,6 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
+from sentiment import ensemble
+from sentiment.files import read_json
+from sentiment.registry import Registry
+
 STAGES = ["download", "prepare", "audit", "tokenize", "train", "cross_validate", "evaluate", "promote", "report"]
 UP_TO_DATE = "Data and pipelines are up to date."
 
@@ -151,3 +155,33 @@ def test_folds_are_a_row_of_the_experiments_and_a_section_of_the_report(trained)
     page = (trained.path / "metrics" / "report.html").read_text(encoding="utf-8")
     assert "Cross-validation" in page
     assert f"<td>{found['f1_macro_mean']:.4f}</td>" in page
+
+
+@pytest.mark.slow
+def test_a_versions_test_reviews_come_with_label_and_prediction(trained_project, inside):
+    inside(trained_project)
+    registry = Registry.open(trained_project.path)
+    found = registry.test_reviews(registry.find("production"))
+    labelled = found[found["label"].notna()]
+    assert set(found) >= {"text", "label", "prediction"}
+    assert set(labelled["label"]) == {"negativo", "positivo"}
+    assert labelled["prediction"].notna().all()
+    assert found["text"].notna().all()
+    assert 0 < len(labelled) < len(found)
+
+
+@pytest.mark.slow
+def test_two_experiments_are_averaged_evaluated_and_judged_like_one_model(trained):
+    trained.run("dvc", "exp", "run", "--name", "outra", "--set-param", "train.seed=7")
+    trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]")
+    metadata = read_json(trained.path / "models/sentiment/metadata.json")
+    assert [each["model"] for each in metadata["members"]] == ["v1.0.0", "outra"]
+    assert ensemble.is_ensemble(trained.path / "models/sentiment")
+    assert len({each["sha256"] for each in metadata["members"]}) == 2
+    assert trained.decision()["verdict"] in ("promoted", "kept")
+    done = trained.run(
+        "python", "-m", "sentiment.predict", "data/sample/reviews.csv", "--model", "models/sentiment", "--output", "scored.csv"
+    )
+    assert "Traceback" not in done.stderr
+    failed = trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,v9.9.9]", check=False)
+    assert "names v9.9.9, whose model is not to be had" in failed.stdout + failed.stderr

@@ -264,18 +264,6 @@ def test_the_state_of_the_tags_changes_with_a_promotion_and_with_going_back(repo
     assert len(set(states)) == 3
 
 
-def test_a_versions_test_reviews_come_with_label_and_prediction(trained_project, inside):
-    inside(trained_project)
-    registry = Registry.open(trained_project.path)
-    found = registry.test_reviews(registry.find("production"))
-    labelled = found[found["label"].notna()]
-    assert set(found) >= {"text", "label", "prediction"}
-    assert set(labelled["label"]) == {"negativo", "positivo"}
-    assert labelled["prediction"].notna().all()
-    assert found["text"].notna().all()
-    assert 0 < len(labelled) < len(found)
-
-
 def test_a_repository_that_is_not_there_is_an_error(tmp_path):
     from sentiment.errors import RegistryError
 
