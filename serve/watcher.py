@@ -86,7 +86,7 @@ class Watcher:
                 self.unmeasurable = None
             self.seen = state
             before = self.model
-            self.bring(Preparation(self.settings, quick=True), "the model cannot be loaded")
+            self.bring(None, "the model cannot be loaded")
             if self.model is not before:
                 self.stop_measuring()
         if (measuring := self.measuring) and not measuring.runs:
@@ -94,9 +94,18 @@ class Watcher:
             if not self.bring(measuring, "the engines cannot be measured") and self.model:
                 self.unmeasurable = converted(self.model)
         if self.model and not self.final and not self.measuring and converted(self.model) != self.unmeasurable:
-            with self.ending:
-                if not self.ended:
-                    self.measuring = Preparation(self.settings, quick=False, done=self.wake.set)
+            self.measure(self.model)
+
+    def measure(self, model: Model) -> None:
+        """Begin to measure the engines of the model in service, unless the service ends."""
+        with self.ending:
+            if self.ended:
+                return
+            try:
+                self.measuring = Preparation(self.settings, quick=False, done=self.wake.set)
+            except OSError as error:
+                self.fail("the engines cannot be measured", error)
+                self.unmeasurable = converted(model)
 
     def stop_measuring(self) -> None:
         """Stop measuring, if engines are being measured."""
@@ -118,13 +127,13 @@ class Watcher:
             self.registry = Registry.open(self.settings.repo, self.settings.copies)
         return self.registry.state()
 
-    def bring(self, preparation: Preparation, failing: str) -> bool:
-        """Load what was prepared, and let it take over if it is another model, or on another engine.
+    def bring(self, preparation: Preparation | None, failing: str) -> bool:
+        """Load what was prepared, or is in a hurry, and let it take over if it is another model, or on another engine.
 
         Returns whether all went well.
         """
         try:
-            prepared = preparation.result()
+            prepared = (preparation or Preparation(self.settings, quick=True)).result()
             if self.model and self.is_served(prepared):
                 self.final = prepared["final"]
                 self.failure = None
