@@ -58,9 +58,14 @@ def serving(model: "Model", before: "Model | None") -> None:
         model_info.labels(before.version, before.choice.engine, before.choice.precision).set(0)
     model_info.labels(model.version, model.choice.engine, model.choice.precision).set(1)
     model_loaded.set(1)
-    model_failing.set(0)
+    recovered()
     load_seconds.set(model.seconds)
     loads.inc()
+
+
+def recovered() -> None:
+    """The model that the registry names is the one in service."""
+    model_failing.set(0)
 
 
 def failed() -> None:

@@ -135,8 +135,8 @@ class Watcher:
         try:
             prepared = (preparation or Preparation(self.settings, quick=True)).result()
             if self.model and self.is_served(prepared):
-                self.final = prepared["final"]
-                self.failure = None
+                self.final, self.failure = prepared["final"], None
+                metrics.recovered()
                 return True
             model = self.load(prepared)
         except Exception as error:

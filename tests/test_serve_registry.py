@@ -139,6 +139,9 @@ def test_a_broken_model_leaves_the_old_one_serving_and_is_reported(repository, e
         assert load.errors == []
         assert metric(service, "sentiment_model_failing") == 1
         assert any("ERROR serve.registry" in line and "still=v1.0.0" in line for line in service.log())
+        go_back(repository, "v1.0.0")
+        service.wait(lambda: service.get("/health")[2]["failure"] is None, 60)
+        assert metric(service, "sentiment_model_failing") == 0
         promote(repository, 1.0, seed=5)
         service.wait(lambda: version_of(service) == "v1.2.0", 60)
         assert metric(service, "sentiment_model_failing") == 0
