@@ -67,17 +67,16 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         text: str = not_blank(body.text)  # type: ignore[attr-defined]
         spans = explain.words(text)
         most = min(explain.MOST_WORDS, settings.max_texts - 1)
-        end = time.monotonic() + settings.timeout_seconds
-        answer = classify(client, settings, g.request_id, [text])
-        whole = answer["results"][0] | {"model_version": answer["model_version"]}
-        rest = explain.without(text, spans[:most])
-        parts = ask(client, rest, max(0.0, end - time.monotonic()), settings)["results"] if rest else []
+        answer = ask(client, [text, *explain.without(text, spans[:most])], settings)  # together, so that one model answers
+        whole, *parts = answer["results"]
+        note(settings, g.request_id, [text], answer | {"results": [whole]})
+        whole |= {"model_version": answer["model_version"]}
         return app.json.response(explain.explanation(text, spans[:most], whole, parts, len(spans[most:])))
 
 
 def classify(client: Any, settings: Settings, request_id: str, texts: list[str]) -> dict[str, Any]:
     """The model's answer to texts, logged and counted; raises RefusedError."""
-    answer = ask(client, texts, settings.timeout_seconds, settings)
+    answer = ask(client, texts, settings)
     note(settings, request_id, texts, answer)
     return answer
 
@@ -95,12 +94,13 @@ def note(settings: Settings, request_id: str, texts: list[str], answer: dict[str
         )  # fmt: skip
 
 
-def ask(client: Any, texts: list[str], seconds: float, settings: Settings) -> dict[str, Any]:
-    """The model's answer to texts, within `seconds`: `results`, `model_version`, `seconds`; raises RefusedError."""
+def ask(client: Any, texts: list[str], settings: Settings) -> dict[str, Any]:
+    """The model's answer to texts: `results`, `model_version`, `seconds`; raises RefusedError."""
+    seconds = settings.timeout_seconds
     try:
         answer: dict[str, Any] = client.ask({"do": "predict", "texts": texts, "deadline": time.monotonic() + seconds}, seconds)
     except TimeoutError:
-        raise RefusedError(504, f"no answer within {settings.timeout_seconds:g} s") from None
+        raise RefusedError(504, f"no answer within {seconds:g} s") from None
     except UnreachableError:
         raise RefusedError(503, "the model is being started", retry_after=2) from None
     if "error" in answer:
