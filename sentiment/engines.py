@@ -56,6 +56,7 @@ class Choice:
     labels_changed: int | None = None
     reviews: int = 0  # how many labelled reviews that was measured on
     measured: tuple[dict[str, Any], ...] = ()  # each candidate with its numbers
+    labelled: int = 0  # how many labelled reviews were there to measure on
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -77,7 +77,7 @@ def read_reviews(path: Path | None) -> "pd.DataFrame | None":
 def known(converted: Path, engine: str, reviews: Path | None = None) -> Choice | None:
     """The choice made before, unless there are labelled reviews now and were none then."""
     kept = conversion.read_choice(converted, engine)
-    return kept if kept and (kept.reviews or not reviews) else None
+    return kept if kept and (kept.labelled or not reviews) else None
 
 
 def choose_once(
@@ -151,7 +151,8 @@ def choose(model: Path, converted: Path, engine: str, reviews: "pd.DataFrame | N
             log.warning("%s %s cannot be used: %s", *each, first_line(error), exc_info=True)
     if not speeds:
         raise CheckpointError(f"no engine can serve {model}: {failed}")
-    return fastest_that_keeps(speeds, labelled, lambda each: load(each, model, converted, threads), classifier, failed)
+    choice = fastest_that_keeps(speeds, labelled, lambda each: load(each, model, converted, threads), classifier, failed)
+    return replace(choice, labelled=0 if reviews is None else len(reviews))
 
 
 def load(each: Candidate, model: Path, converted: Path, threads: int | None) -> Engine:

@@ -72,7 +72,8 @@ def test_without_labelled_reviews_fp32_is_chosen(folder, tmp_path):
 
 
 def test_too_few_labelled_reviews_are_none(folder, tmp_path, labelled):
-    assert selection.choose(folder, tmp_path, "openvino", labelled[:400]).precision == "fp32"
+    choice = selection.choose(folder, tmp_path, "openvino", labelled[:400])
+    assert (choice.precision, choice.labelled) == ("fp32", 400)
 
 
 def speeds(**values):
@@ -208,6 +209,11 @@ def test_a_choice_without_labelled_reviews_is_made_again_where_some_are_given(tm
     conversion.write_choice(tmp_path, "auto", Choice("torch", "fp32", why="assim"))
     assert selection.known(tmp_path, "auto").why == "assim"
     assert selection.known(tmp_path, "auto", tmp_path / "reviews.parquet") is None
+
+
+def test_a_choice_of_fp32_with_labelled_reviews_is_not_made_again(tmp_path):
+    conversion.write_choice(tmp_path, "auto", Choice("torch", "fp32", why="assim", labelled=700))
+    assert selection.known(tmp_path, "auto", tmp_path / "reviews.parquet").why == "assim"
 
 
 def test_no_usage_statistics_are_sent():
