@@ -14,6 +14,7 @@ from serve.settings import Settings
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"}
+MAPPED = "::ffff:"  # before an address of IPv4 (RFC 4291, 2.5.5.2)
 START, ID = "sentiment.start", "sentiment.id"  # in a request's environ: when it came (time.perf_counter), and its id
 log = logging.getLogger("serve.request")
 
@@ -56,13 +57,18 @@ def date(second: int) -> str:
 
 def client_address(environ: dict[str, Any], settings: Settings) -> str:
     """Who asks: the last address that no trusted proxy vouches for; without trusted proxies, who is connected."""
-    address: str = environ.get("REMOTE_ADDR") or "unix"
+    address = plain(environ.get("REMOTE_ADDR") or "unix")
     if not settings.trusted_proxies:
         return address
-    hops = [hop.strip() for hop in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if hop.strip()]
+    hops = [plain(hop.strip()) for hop in environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if hop.strip()]
     while hops and is_trusted(address, settings):
         address = hops.pop()
     return address
+
+
+def plain(address: str) -> str:
+    """An address of IPv4 as one, where a socket of IPv6 maps it to one of its own."""
+    return address[len(MAPPED) :] if address.startswith(MAPPED) and "." in address else address
 
 
 def is_trusted(address: str, settings: Settings) -> bool:

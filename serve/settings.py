@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "SERVE_"
+KEY = re.compile(r"[\x21-\x7e]{16,}")
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -71,7 +73,14 @@ class Settings(BaseSettings):
     @field_validator("trusted_proxies", mode="before")
     @classmethod
     def split_at_commas(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return [ipaddress.ip_network(part.strip()) for part in value.split(",") if part.strip()]
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def without_brackets(cls, value: Any) -> Any:
+        return value[1:-1] if isinstance(value, str) and value.startswith("[") and value.endswith("]") else value
 
     @field_validator("log_file", mode="before")
     @classmethod
@@ -81,11 +90,13 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
-        if value and (len(value.get_secret_value()) < 16 or not value.get_secret_value().isascii()):
+        key = value.get_secret_value().strip() if value else None  # a file's last newline, say, which no header can hold
+        if key is not None and not KEY.fullmatch(key):
             raise ValueError(
-                "must have at least 16 characters, all of them ASCII; python -c 'import secrets; print(secrets.token_hex())'"
+                "must have at least 16 characters, all of them printable ASCII without blanks; "
+                "python -c 'import secrets; print(secrets.token_hex())'"
             )
-        return value
+        return SecretStr(key) if key else None
 
     @model_validator(mode="after")
     def more_threads_than_places(self) -> "Settings":

@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import models
 from sentiment import conversion
 from sentiment.engines import Choice
+from serve import observation
+from serve.settings import Settings
 from serving import Service
 
 CHARS, BYTES, TEXTS = 2000, 30_000, 16  # the service's limits
@@ -187,7 +189,8 @@ def test_a_body_that_is_too_large_is_413(service, path):
 @pytest.mark.parametrize("path", list(POSTED))
 def test_a_body_in_chunks_that_is_too_large_is_413(service, path):
     body = json.dumps(POSTED[path]).encode().ljust(BYTES)
-    assert service.request("POST", path, iter([body[:100], body[100:-1]]))[0] == 200
+    assert service.request("POST", path, iter([body[:100], body[100:]]))[0] == 200
+    refused(service.request("POST", path, iter([body, b" "])), 413)
     refused(service.request("POST", path, iter([body, b"mais"])), 413)
 
 
@@ -600,6 +603,17 @@ FORWARDED = {
 @pytest.mark.parametrize(("headers", "client"), FORWARDED.values(), ids=FORWARDED)
 def test_a_trusted_proxys_word_on_the_clients_address_is_believed(guarded, headers, client):
     assert f" client={client} " in logged(guarded, guarded.get("/live", **headers)[1])
+
+
+MAPPED = {"a proxy": ("::ffff:127.0.0.1", "203.0.113.9"), "a client": ("::ffff:198.51.100.66", "198.51.100.66"),
+          "IPv6": ("2001:db8::7", "2001:db8::7")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("address", "client"), MAPPED.values(), ids=MAPPED)
+def test_an_address_of_ipv4_is_one_on_a_socket_of_ipv6_too(address, client):
+    settings = Settings(trusted_proxies="127.0.0.0/8")
+    environ = {"REMOTE_ADDR": address, "HTTP_X_FORWARDED_FOR": "::ffff:203.0.113.9"}
+    assert observation.client_address(environ, settings) == client
 
 
 def test_a_proxy_may_add_a_header_of_its_own_behind_a_forged_one(guarded):

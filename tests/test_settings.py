@@ -50,7 +50,7 @@ WRONG = {
     "max_body_bytes": ["0"],
     "max_text_chars": ["0"],
     "max_texts": ["0", "1e3"],
-    "api_key": ["curta", "ção" * 8],
+    "api_key": ["curta", "ção" * 8, "com um espaço no meio", "dezesseis\tletras"],
     "trusted_proxies": ["10.0.0.300", "proxy.example.org", "10.0.0.1, 10.0.0.1/8"],
     "log_text": ["all"],
     "log_format": ["xml"],
@@ -105,6 +105,33 @@ def test_values_are_read_as_their_types(variables):
     assert found.trusted_proxies == [ip_network(each) for each in ("127.0.0.1/32", "10.0.0.0/8", "2001:db8::/32")]
     assert (found.log_file, found.reviews) == (None, Path("avaliações.parquet"))
     assert found.api_key.get_secret_value() == "uma-chave-de-teste"
+
+
+def test_a_key_from_a_file_is_read_without_its_last_newline(variables):
+    variables(api_key="uma-chave-de-teste\n")
+    assert settings.load().api_key.get_secret_value() == "uma-chave-de-teste"
+
+
+def test_an_address_of_ipv6_may_stand_in_brackets(variables):
+    variables(host="[::1]")
+    assert settings.load().host == "::1"
+
+
+def test_of_a_network_with_a_machines_address_it_says_what_is_wrong(variables):
+    variables(trusted_proxies="10.0.0.5/8")
+    (line,) = refused()
+    assert "10.0.0.5/8 has host bits set" in line
+
+
+def test_a_folder_for_temporary_files_that_is_too_deep_for_a_socket_ends_the_start(environment, tmp_path):
+    deep = tmp_path / ("profundo" * 15)
+    deep.mkdir()
+    service = Service(tmp_path / "service", environment | {"TMPDIR": str(deep)})
+    command = [sys.executable, "-m", "gunicorn", "-c", "serve/gunicorn.conf.py", "serve.app:app"]
+    done = subprocess.run(command, cwd=ROOT, env=service.environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "set TMPDIR" in done.stderr
+    assert not list(deep.iterdir())
 
 
 def test_the_key_is_not_shown_with_the_settings(variables):
