@@ -1,6 +1,8 @@
 """How Gunicorn runs the service: gunicorn -c serve/gunicorn.conf.py serve.app:app"""
 
+import contextlib
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from serve import settings as serve_settings  # noqa: E402
 from serve import supervisor  # noqa: E402
 
 settings = serve_settings.load()
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+with contextlib.suppress(ValueError, OSError):  # where what is allowed is more than can be had
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a descriptor, and a usual limit is 1024
 keeper = supervisor.Supervisor(supervisor.make_run_folder())
 
 chdir = str(ROOT)

@@ -107,9 +107,7 @@ class TextFormatter(logging.Formatter):
         stamp = f"{clock(int(record.created))},{int(record.msecs):03d} {record.levelname} {record.name} "
         message = record.getMessage() if hasattr(record, "fields") else one_line(record.getMessage())
         text = " ".join([stamp + message, *(f"{name}={shown(value)}" for name, value in getattr(record, "fields", {}).items())])
-        return text + (
-            f" trace={json.dumps(self.formatException(record.exc_info), ensure_ascii=False)}" if record.exc_info else ""
-        )
+        return text + (f" trace={shown(self.formatException(record.exc_info))}" if record.exc_info else "")
 
 
 class JsonFormatter(logging.Formatter):

@@ -26,7 +26,7 @@ model_info = Gauge(
 )
 model_loaded = Gauge("sentiment_model_loaded", "1 if a model is in service", multiprocess_mode="livesum")
 model_failing = Gauge(
-    "sentiment_model_failing", "1 if the model that the registry names could not be loaded", multiprocess_mode="livesum"
+    "sentiment_model_failing", "1 if the model that the registry names could not be found or loaded", multiprocess_mode="livesum"
 )
 load_failures = Counter("sentiment_model_load_failures", "Failures to find, load or measure a model")
 loads = Counter("sentiment_model_loads", "Models that went into service")
@@ -58,17 +58,15 @@ def serving(model: "Model", before: "Model | None") -> None:
         model_info.labels(before.version, before.choice.engine, before.choice.precision).set(0)
     model_info.labels(model.version, model.choice.engine, model.choice.precision).set(1)
     model_loaded.set(1)
-    recovered()
     load_seconds.set(model.seconds)
     loads.inc()
 
 
-def recovered() -> None:
-    """The model that the registry names is the one in service."""
-    model_failing.set(0)
+def failing(whether: bool) -> None:
+    """The model that the registry names cannot be served, or is the one in service."""
+    model_failing.set(whether)
 
 
 def failed() -> None:
     """A model could not be found, loaded or measured."""
     load_failures.inc()
-    model_failing.set(1)

@@ -121,7 +121,13 @@ class Model:
             "precision": self.choice.precision,
             "choice": {
                 name: value for name, value in self.choice.as_dict().items() if name not in ("engine", "precision", "device")
-            },
+            }
+            | {"measured": [without_words(each) for each in self.choice.measured]},
             "metrics": self.metrics,
             "max_length": self.inference.max_length,
         }
+
+
+def without_words(measured: dict[str, Any]) -> dict[str, Any]:
+    """A candidate's numbers; of its error, which may name a path of this machine, the kind alone: the log has the words."""
+    return measured | ({"error": measured["error"].partition(":")[0]} if "error" in measured else {})

@@ -28,10 +28,12 @@ from serve.batcher import Batcher, FullError, Request
 from serve.model import most_lanes
 from serve.settings import Settings
 from serve.settings import load as load_settings
+from serve.supervisor import HELD_BACK
 from serve.watcher import Watcher
 
 SOCKET = "predictor.sock"
 LAST = "prepared.json"  # what the model was loaded from, for a process that takes over from one that died
+FULL_SECONDS = 0.5  # until connections are taken again, where there were no descriptors for them
 SEND_SECONDS = 5.0  # for an HTTP process to take an answer
 WAIT_SHARE = 0.25  # of the time that a batch took, for the next one to wait for company
 TOGETHER_SECONDS = 0.04  # what takes all of the engine no longer is computed by it at once
@@ -52,7 +54,12 @@ class Predictor:
     def observe(self, texts: int, tokens: int, seconds: float) -> None:
         """Count a batch that was computed."""
         metrics.observe_batch(texts, tokens, seconds)
-        metrics.waiting(self.batcher.waiting)
+        self.count_waiting()
+
+    def count_waiting(self) -> None:
+        """Say in the metrics how many texts wait."""
+        with self.batcher.changed:
+            metrics.waiting(self.batcher.waiting)
 
     def start(self) -> None:
         """Begin to load, to listen and to answer."""
@@ -65,12 +72,22 @@ class Predictor:
         threading.Thread(target=self.accept, args=(listener,), daemon=True).start()
 
     def accept(self, listener: socket.socket) -> None:
-        """Give each connection a thread."""
+        """Give each connection a thread; where there is none to be had, or no descriptor, try again in a moment."""
         while True:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                log.error("no connection of the HTTP processes can be taken: %s", error.strerror)
+                time.sleep(FULL_SECONDS)
+                continue
             connection.settimeout(None)
             send_limit(connection, SEND_SECONDS)
-            threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
+            except RuntimeError as error:
+                log.error("a connection of the HTTP processes cannot be answered: %s", error)
+                connection.close()
+                time.sleep(FULL_SECONDS)
 
     def converse(self, connection: socket.socket) -> None:
         """Answer the messages of a connection; at its end, or after a defect here, it is closed, and who asked asks again."""
@@ -110,13 +127,13 @@ class Predictor:
                 for message in messages:
                     self.predict([message], peer)
             else:
-                fail(peer, messages[0].get("id"), error)
+                self.fail(peer, messages[0].get("id"), error)
             return
         begins, questions = 0, []
         for message in messages:
             part = slice(begins, begins := begins + len(message["texts"]))
             number = message.get("id")
-            failed = partial(fail, peer, number)
+            failed = partial(self.fail, peer, number)
             end = message["deadline"]
             questions.append(Question(model, reviews[part], failed, end, peer=peer, number=number, cut=cut[part], start=start))
         with self.batcher.changed:  # so that they can be computed together
@@ -124,7 +141,7 @@ class Predictor:
         if full:
             metrics.full.inc(len(full))
             peer.send(*(unavailable(str(why), why.retry_after) | {"id": question.number} for question, why in full))
-        metrics.waiting(self.batcher.waiting)
+        self.count_waiting()
 
     def submit(self, question: "Question") -> FullError | None:
         """Put a question in the line, or say that there is no place."""
@@ -133,6 +150,16 @@ class Predictor:
         except FullError as error:
             return error
         return None
+
+    def fail(self, peer: wire.Peer, number: int | None, error: Exception) -> None:
+        """Say that a question has no answer."""
+        answer: dict[str, Any] = {"error": str(error), "status": 504}
+        if not isinstance(error, TimeoutError):
+            log.error("a prediction failed", exc_info=error)
+            answer = {"error": "the model failed on this text", "status": 500}
+        self.count_waiting()
+        with contextlib.suppress(OSError):
+            peer.send(answer | {"id": number})
 
     def close(self) -> None:
         """Answer what was taken."""
@@ -170,16 +197,6 @@ def deliver(questions: Sequence[Any]) -> None:
             peer.send(*found)
 
 
-def fail(peer: wire.Peer, number: int | None, error: Exception) -> None:
-    """Say that a question has no answer."""
-    answer: dict[str, Any] = {"error": str(error), "status": 504}
-    if not isinstance(error, TimeoutError):
-        log.error("a prediction failed", exc_info=error)
-        answer = {"error": "the model failed on this text", "status": 500}
-    with contextlib.suppress(OSError):
-        peer.send(answer | {"id": number})
-
-
 def unavailable(why: str, retry_after: int) -> dict[str, Any]:
     """An answer that tells to come again."""
     return {"error": why, "status": 503, "retry_after": retry_after}
@@ -213,15 +230,17 @@ def main() -> None:
     logs.describe_machine()
     threading.excepthook = end
     predictor, ending = Predictor(settings, folder), threading.Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process: the first one decides
-    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # it may have been sent to every process: the first one decides
     signal.signal(signal.SIGHUP, lambda *_: predictor.watcher.look_now())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     threading.Thread(target=wait_for_end, args=(ending,), daemon=True).start()
     predictor.start()
     ending.wait()
     predictor.close()
     log.info("the model's process ends")
     logging.shutdown()
+    os.killpg(0, signal.SIGTERM)  # what is still fetched by git, say, for nobody
     os._exit(0)  # threads of the engines have nothing left to do, and some wait for ever
 
 

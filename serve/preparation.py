@@ -17,10 +17,10 @@ END_SECONDS = 5.0  # for one that is no longer wanted
 
 
 class Preparation:
-    """A process of serve.prepare; `done`, if given, is called in another thread when it has ended."""
+    """A process of serve.prepare, which writes to a folder in `parent`; `done`, if given, is called in a thread after it."""
 
-    def __init__(self, settings: Settings, quick: bool, done: Callable[[], None] | None = None) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="sentiment-prepare-", ignore_cleanup_errors=True)
+    def __init__(self, settings: Settings, parent: Path, quick: bool, done: Callable[[], None] | None = None) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="prepare-", dir=parent, ignore_cleanup_errors=True)
         self.output, self.words = (Path(self.folder.name) / name for name in ("prepared.json", "words.txt"))
         command = [sys.executable, "-m", "serve.prepare", "--output", str(self.output), "--model", settings.model]
         command += ["--repo", settings.repo, "--engine", settings.engine, "--device", settings.device]

@@ -4,6 +4,8 @@ The first process starts the HTTP processes, as Gunicorn does, and one process t
 starts again whichever dies. The HTTP processes hold no model: they start in no time, and one that dies takes nothing along.
 """
 
+import atexit
+import contextlib
 import logging
 import os
 import shutil
@@ -17,18 +19,32 @@ from typing import Any
 
 log = logging.getLogger("serve.supervisor")
 RUN_FOLDER = "_SENTIMENT_RUN"  # environment variable: a private folder of this run, with the socket and the metrics' files
+HELD_BACK = (signal.SIGHUP, signal.SIGTERM)  # from the model's process until it can handle them
+LONGEST_PATH = 107  # bytes of a Unix socket's name
 STOP_SECONDS = 30.0
 LONGEST_PAUSE = 30.0
 
 
 def make_run_folder() -> Path:
-    """A folder of this run, named in the environment for all processes."""
+    """A folder of this run, named in the environment for all processes, and gone with this one.
+
+    Ends the process with a sentence if a socket's name would be too long there.
+    """
     folder = Path(tempfile.mkdtemp(prefix="sentiment-"))
+    atexit.register(remove, folder, os.getpid())
     os.environ[RUN_FOLDER] = str(folder)
+    if len(os.fsencode(socket_path())) > LONGEST_PATH:
+        sys.exit(f"the service cannot start: the folder for temporary files, {folder.parent}, has too long a name; set TMPDIR")
     metrics = folder / "metrics"
     metrics.mkdir()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
     return folder
+
+
+def remove(folder: Path, owner: int) -> None:
+    """Remove a run's folder at the end of the process that made it, and not of those that it forked."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def socket_path() -> Path:
@@ -82,12 +98,19 @@ class Supervisor:
             if now < self.started + self.pause:
                 return
             forget(self.process.pid)
+            end_group(self.process.pid)
             log.error("the model's process (%d) died; it is started again", self.process.pid)
             self.pause = 0.0 if now - self.started > LONGEST_PAUSE else min(LONGEST_PAUSE, 2 * self.pause + 1)
         self.started = now
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.predictor", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
-        )
+        command = [sys.executable, "-m", "serve.predictor", str(self.folder)]
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # in this process, too, for a moment: none is lost
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            log.error("the model's process cannot be started: %s", error)
+            self.pause = min(LONGEST_PAUSE, 2 * self.pause + 1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def signal(self, number: int) -> None:
         """Send the model's process a signal."""
@@ -95,11 +118,17 @@ class Supervisor:
             self.process.send_signal(number)
 
     def stop(self) -> None:
-        """End the model's process once it has answered what it took, and remove the run's folder."""
-        if self.process:
-            self.signal(signal.SIGTERM)
+        """End the model's process once it has answered what it took, by the end of its standard input."""
+        if self.process and self.process.stdin:
+            self.process.stdin.close()
             try:
                 self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            end_group(self.process.pid)
+
+
+def end_group(leader: int) -> None:
+    """End what a model's process that is no longer there has left running: a preparation, or what fetches a model."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGTERM)

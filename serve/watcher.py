@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sentiment.conversion import QUICK
-from sentiment.errors import CheckpointError, ProjectError
+from sentiment.errors import CheckpointError, ProjectError, RegistryError
 from sentiment.files import read_json, write_json
 from sentiment.registry import Registry
 from serve import metrics
@@ -29,11 +29,13 @@ class Watcher:
     def __init__(self, settings: Settings, last: Path) -> None:
         self.settings, self.last = settings, last
         self.model: Model | None = None
-        self.failure: dict[str, str] | None = None
+        self.failure: dict[str, str] | None = None  # why the model that the registry names does not serve
         self.looked = threading.Event()  # set once there was time to load a model
         self.final = False  # whether the engine in use was measured
+        self.preparing: Preparation | None = None  # of a model, in a hurry
         self.measuring: Preparation | None = None  # of the engines of the model in service
         self.unmeasurable: Path | None = None  # the conversions of a model whose measuring failed: not again and again
+        self.unmeasured: dict[str, str] | None = None  # ... and why
         self.seen: str | None = None  # the tags that the model was found by
         self.failed_at = float("-inf")
         self.forced = self.ended = False
@@ -81,18 +83,17 @@ class Watcher:
         forced, self.forced = self.forced, False
         state = self.state()
         retry = self.failure and time.monotonic() - self.failed_at > RETRY_SECONDS
+        if forced or state != self.seen:
+            self.unmeasurable = self.unmeasured = None
         if forced or retry or state != self.seen:
-            if state != self.seen:
-                self.unmeasurable = None
             self.seen = state
             before = self.model
-            self.bring(None, "the model cannot be loaded")
+            self.bring()
             if self.model is not before:
                 self.stop_measuring()
         if (measuring := self.measuring) and not measuring.runs:
             self.measuring = None
-            if not self.bring(measuring, "the engines cannot be measured") and self.model:
-                self.unmeasurable = converted(self.model)
+            self.use(measuring)
         if self.model and not self.final and not self.measuring and converted(self.model) != self.unmeasurable:
             self.measure(self.model)
 
@@ -102,10 +103,14 @@ class Watcher:
             if self.ended:
                 return
             try:
-                self.measuring = Preparation(self.settings, quick=False, done=self.wake.set)
+                self.measuring = Preparation(self.settings, self.last.parent, quick=False, done=self.wake.set)
             except OSError as error:
-                self.fail("the engines cannot be measured", error)
-                self.unmeasurable = converted(model)
+                self.give_up_measuring(model, error)
+
+    def give_up_measuring(self, model: Model, error: Exception) -> None:
+        """Leave the model on the engine that it has, until the tags change or someone asks."""
+        self.unmeasurable = converted(model)
+        self.unmeasured = self.failed("the engines cannot be measured", error)
 
     def stop_measuring(self) -> None:
         """Stop measuring, if engines are being measured."""
@@ -118,6 +123,8 @@ class Watcher:
         with self.ending:
             self.ended = True
         self.stop_measuring()
+        if self.preparing:
+            self.preparing.stop()
 
     def state(self) -> str:
         """What the tags are now; nothing changes for a plain folder."""
@@ -127,24 +134,40 @@ class Watcher:
             self.registry = Registry.open(self.settings.repo, self.settings.copies)
         return self.registry.state()
 
-    def bring(self, preparation: Preparation | None, failing: str) -> bool:
-        """Load what was prepared, or is in a hurry, and let it take over if it is another model, or on another engine.
-
-        Returns whether all went well.
-        """
+    def bring(self) -> None:
+        """Find the model that the registry names, and let it take over if it is another one than serves, or on another engine."""
         try:
-            prepared = (preparation or Preparation(self.settings, quick=True)).result()
-            if self.model and self.is_served(prepared):
-                self.final, self.failure = prepared["final"], None
-                metrics.recovered()
-                return True
-            model = self.load(prepared)
+            self.serve(self.prepared())
         except Exception as error:
-            self.fail(failing, error)
-            return False
+            self.fail("the model cannot be loaded", error)
+            return
+        self.failure = None
+        metrics.failing(False)
+
+    def prepared(self) -> dict[str, Any]:
+        """The model that the registry names, prepared in a hurry; raises CheckpointError or RegistryError."""
+        with self.ending:
+            if self.ended:
+                raise RegistryError("the service ends")
+            self.preparing = Preparation(self.settings, self.last.parent, quick=True)
+        return self.preparing.result()
+
+    def use(self, measuring: Preparation) -> None:
+        """Let the model in service go on on the engine that was measured to be the best."""
+        try:
+            self.serve(measuring.result())
+        except Exception as error:
+            if self.model:
+                self.give_up_measuring(self.model, error)
+
+    def serve(self, prepared: dict[str, Any]) -> None:
+        """Serve what was prepared, unless it serves already."""
+        if self.model and self.is_served(prepared):
+            self.final = prepared["final"]
+            return
+        model = self.load(prepared)
         self.take_over(model)
         write_json(self.last, model.prepared)
-        return True
 
     def load(self, prepared: dict[str, Any]) -> Model:
         """Load a model that was prepared; raises CheckpointError.
@@ -156,7 +179,7 @@ class Watcher:
         try:
             return self.loaded(prepared)
         except CheckpointError:
-            again = Preparation(self.settings, quick=True).result()
+            again = self.prepared()
             if again["converted"] == prepared["converted"]:
                 raise
             return self.loaded(again)
@@ -174,7 +197,7 @@ class Watcher:
     def take_over(self, model: Model) -> None:
         """Serve this model from now on; requests that were tokenized for the one before are still computed by it."""
         before, self.model = self.model, model
-        self.final, self.failure = model.prepared["final"], None
+        self.final = model.prepared["final"]
         self.looked.set()
         metrics.serving(model, before)
         event(
@@ -187,20 +210,30 @@ class Watcher:
         gc.collect()
 
     def fail(self, what: str, error: Exception) -> None:
-        """Say that something failed; what serves goes on serving."""
+        """The model that the registry names cannot be served; what serves goes on serving."""
         self.failed_at = time.monotonic()
-        self.failure = {"what": what, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        metrics.failed()
-        known = isinstance(error, ProjectError | subprocess.SubprocessError)
-        event(
-            log, logging.ERROR, what, error=f"{type(error).__name__}: {error}", still=self.model.version if self.model else None,
-            exc_info=None if known else error,
-        )  # fmt: skip
+        self.failure = self.failed(what, error)
+        metrics.failing(True)
+
+    def failed(self, what: str, error: Exception) -> dict[str, str]:
+        """Log and count a failure, unless the service ends; returns what /health says of it."""
+        if not self.ended:
+            metrics.failed()
+            known = isinstance(error, ProjectError | subprocess.SubprocessError)
+            event(
+                log, logging.ERROR, what, error=f"{type(error).__name__}: {error}",
+                still=self.model.version if self.model else None, exc_info=None if known else error,
+            )  # fmt: skip
+        return {"what": what, "at": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def describe(self) -> dict[str, Any]:
         """What /health says."""
         model = self.model.describe() if self.model else {"model_version": None, "device": None}
-        return model | {"model_loaded": self.model is not None, "engine_measured": self.final, "failure": self.failure}
+        return model | {
+            "model_loaded": self.model is not None,
+            "engine_measured": self.final,
+            "failure": self.failure or self.unmeasured,
+        }
 
 
 def converted(model: Model) -> Path:

@@ -21,13 +21,14 @@ from typing import Any
 import orjson
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from serve import logs
+from serve import logs, metrics
 from serve.direct import LONGEST, Asked, Direct, Head, head_of
 from serve.problems import TYPE, problem
 from serve.settings import load
 from serve.supervisor import socket_path
 from serve.wire import Link
 
+FULL_SECONDS = 1.0  # without taking connections, where there is no descriptor for one
 LATE_SECONDS = 1.0  # for the model's process to say itself that an answer took too long
 LEAVE_SECONDS = 2.0  # for a client to hang up after its last answer
 LEFT_BYTES = 65_536  # that it may still send meanwhile
@@ -64,14 +65,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.asked: dict[int, Asked] = {}  # by the id of the question, the oldest first
         self.numbers = count()
         self.leaving: deque[Connection] = deque()  # the first to be closed first
+        self.full_until = 0.0
         self.unsent: list[dict[str, Any]] = []
 
     def init_signals(self) -> None:
-        """Leave Ctrl-C, which reaches all processes of a terminal, to the first one."""
+        """Leave Ctrl-C and SIGHUP, which a terminal sends to all of its processes, to the first one."""
         super().init_signals()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
     # The main loop.
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Take connections or none; none for a moment where there was no descriptor for one."""
+        super().set_accept_enabled(enabled and time.monotonic() >= self.full_until)
 
     def accept(self, listener: socket.socket) -> None:
         """Take a connection, and its first request if that is there already."""
@@ -83,7 +90,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except OSError as error:
             if error.errno in FULL:
                 log.error("no connection can be taken: %s", error.strerror)
-                self.set_accept_enabled(False)  # for this turn
+                self.full_until = time.monotonic() + FULL_SECONDS
+                self.set_accept_enabled(False)
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
                 raise
             return
@@ -325,6 +333,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             log, logging.INFO if refused else logging.ERROR, "refused", exc_info=None if refused else exc, id=request_id,
             client=addr[0] if addr else "unix", status=status, error=type(exc).__name__,
         )  # fmt: skip
+        metrics.requests.labels("other", "none", str(status)).inc()
         detail = "this is no HTTP request that is answered here" if refused else "something failed here"
         body = orjson.dumps(problem(status, detail, request_id))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {TYPE}\r\nX-Request-ID: {request_id}\r\n"

@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from sentiment import conversion, selection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +130,11 @@ class Service:
         assert status == 200, body
         return body
 
+    def total(self, name):
+        """The sum of a metric over its labels."""
+        families = text_string_to_metric_families(self.get("/metrics")[2].decode())
+        return sum(each.value for family in families for each in family.samples if each.name == name)
+
     def children(self):
         """Process ids by kind: the HTTP workers', and the model's process's."""
         import psutil
@@ -140,6 +147,14 @@ class Service:
             except psutil.Error:  # it has just died
                 continue
         return found
+
+
+def preparations(service):
+    """The processes of serve.prepare that a service has started."""
+    import psutil
+
+    predictor = psutil.Process(service.children()["predictor"][0])
+    return [each for each in predictor.children(recursive=True) if "serve.prepare" in " ".join(each.cmdline())]
 
 
 def parsed(response):

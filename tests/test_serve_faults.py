@@ -2,14 +2,20 @@
 
 import json
 import os
+import resource
 import signal
+import socket
 import threading
+import time
+from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
 import models
-from serving import Load, Service, choose_engine
+from sentiment import conversion
+from serving import Load, Service, choose_engine, preparations
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +108,42 @@ def test_a_request_that_was_taken_is_answered_before_the_end(service):
     assert any("the model's process ends" in line for line in service.log())
 
 
+def test_sigterm_to_all_processes_at_once_ends_it_as_gently(service):
+    (predictor,) = service.children()["predictor"]
+    os.kill(predictor, signal.SIGSTOP)
+    asked = [Asked(service), Asked(service, "/predict/batch", {"texts": ["muito bom"] * 256})]
+    arrived(service, 2)
+    for pid in [*service.children()["workers"], predictor, service.process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    os.kill(predictor, signal.SIGCONT)
+    assert [each.wait()[0] for each in asked] == [200] * 2
+    assert service.stop() == 0
+
+
+def test_sighup_to_all_processes_at_once_ends_none(service):
+    before = service.children()
+    with Load(service) as load:
+        load.wait_for(10)
+        for pid in [*before["workers"], *before["predictor"], service.process.pid]:
+            os.kill(pid, signal.SIGHUP)
+        load.wait_for(30)
+    assert load.errors == []
+    assert {status for status, _ in load.answers} == {200}
+    assert service.children() == before
+
+
+def test_sighup_before_the_models_process_can_handle_it_does_not_end_it(folder, cache, environment, tmp_path):
+    service = Service(tmp_path / "service", environment, model=folder, cache=cache)
+    try:
+        service.start(wait_for_model=False)
+        (predictor,) = service.children()["predictor"]
+        service.process.send_signal(signal.SIGHUP)
+        service.wait(lambda: service.get("/health")[0] == 200, 60)
+        assert service.children()["predictor"] == [predictor]
+    finally:
+        assert service.stop() == 0
+
+
 def test_ctrl_c_in_the_terminal_ends_it_as_gently(service):
     (predictor,) = service.children()["predictor"]
     os.kill(predictor, signal.SIGSTOP)
@@ -148,10 +190,93 @@ def test_too_many_waiting_texts_are_503_with_a_time_to_come_again(folder, cache,
         assert service.post("/predict", {"text": "bom"})[0] == 200
 
 
+def limit_descriptors(pid, more):
+    """Let a process have so many descriptors more than it has, and no others."""
+    most = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1 + more
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, 1024))
+
+
+def test_where_descriptors_run_out_connections_wait_and_the_log_does_not_overflow(service):
+    for pid in service.children()["workers"]:
+        limit_descriptors(pid, 4)
+    idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(40)]
+    service.wait(lambda: any("no connection can be taken" in line for line in service.log()))
+    time.sleep(1)
+    for each in idle:
+        each.close()
+    service.wait(lambda: service.post("/predict", {"text": "bom"})[0] == 200)
+    assert sum("no connection can be taken" in line for line in service.log()) < 50  # it was thousands a second
+
+
+def test_where_the_models_process_runs_out_of_descriptors_it_goes_on(service):
+    (predictor,) = service.children()["predictor"]
+    limit_descriptors(predictor, 1)
+    asked = [Asked(service, "/predict/batch", {"texts": ["muito bom"] * 2}) for _ in range(12)]  # a connection for each thread
+    service.wait(lambda: any("no connection of the HTTP processes" in line for line in service.log()))
+    resource.prlimit(predictor, resource.RLIMIT_NOFILE, (1024, 1024))
+    assert [each.wait()[0] for each in asked] == [200] * 12
+    assert service.children()["predictor"] == [predictor]
+
+
+def test_texts_whose_clients_have_given_up_do_not_count_as_waiting(folder, cache, environment, tmp_path):
+    with Service(tmp_path / "service", environment, model=folder, cache=cache, timeout_seconds=1, batch_tokens=32) as service:
+        (predictor,) = service.children()["predictor"]
+        os.kill(predictor, signal.SIGSTOP)
+        asked = [Asked(service, "/predict/batch", {"texts": ["muito bom"] * 100}) for _ in range(6)]
+        assert {each.wait()[0] for each in asked} == {504}
+        os.kill(predictor, signal.SIGCONT)
+        service.wait(lambda: service.get("/health")[2].get("waiting_texts") == 0)
+        assert service.total("sentiment_queue_texts") == 0
+
+
+def test_nothing_is_left_on_disk_or_running_at_the_end(folder, environment, tmp_path):
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    service = Service(tmp_path / "service", environment | {"TMPDIR": str(temporary)}, model=folder)
+    try:
+        service.start(wait_for_model=False)
+        service.wait(lambda: preparations(service))
+        (preparing,) = preparations(service)
+        preparing.suspend()
+        assert service.stop() == 0
+        assert not preparing.is_running()
+        assert not list(temporary.iterdir())
+    finally:
+        service.stop()
+
+
+def test_what_a_killed_models_process_was_measuring_is_ended(folder, environment, tmp_path):
+    with Service(tmp_path / "service", environment, model=folder) as service:
+        (measured,) = (tmp_path / "service" / "engines").iterdir()
+        with conversion.locked(measured):
+            service.wait(lambda: preparations(service))
+            (measuring,) = preparations(service)
+            os.kill(service.children()["predictor"][0], signal.SIGKILL)
+            service.wait(lambda: not measuring.is_running())
+
+
+def test_engines_that_could_not_be_measured_are_measured_when_asked_for(folder, environment, tmp_path):
+    reviews = tmp_path / "reviews.parquet"
+    with Service(tmp_path / "service", environment, model=folder, reviews=reviews) as service:
+        service.wait(lambda: service.get("/health")[2]["failure"], 60)
+        assert service.get("/health")[2]["failure"]["what"] == "the engines cannot be measured"
+        assert service.total("sentiment_model_failing") == 0
+        pd.DataFrame({"text": ["bom", "ruim"], "label": ["negativo", "positivo"]}).to_parquet(reviews)
+        service.process.send_signal(signal.SIGHUP)
+        service.wait(lambda: service.get("/health")[2]["engine_measured"], 60)
+        assert service.get("/health")[2]["failure"] is None
+        loaded = sum("model loaded" in line for line in service.log())
+        service.process.send_signal(signal.SIGHUP)
+        service.wait(lambda: service.get("/health")[2]["engine_measured"])
+    assert sum("model loaded" in line for line in service.log()) == loaded
+
+
 def test_a_port_that_is_taken_ends_the_start_and_everything_with_it(service, folder, environment, tmp_path):
-    second = Service(tmp_path / "second", environment, model=folder, port=service.port)
+    (tmp_path / "t").mkdir()
+    second = Service(tmp_path / "second", environment | {"TMPDIR": str(tmp_path / "t")}, model=folder, port=service.port)
     with pytest.raises(AssertionError, match="the service ended with 1"):
         second.start()
+    assert not list((tmp_path / "t").iterdir())
     assert "Address already in use" in second.output.read_text() or "in use" in second.output.read_text()
 
 

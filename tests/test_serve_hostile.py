@@ -336,10 +336,17 @@ REFUSED_EARLY = {
 
 @pytest.mark.parametrize("data", REFUSED_EARLY.values(), ids=REFUSED_EARLY)
 def test_what_gunicorn_refuses_is_a_problem_with_an_id_too(service, data):
+    def counted(status):
+        line = f'sentiment_http_requests_total{{method="other",route="none",status="{status}"}} '
+        return sum(float(each.split()[-1]) for each in service.get("/metrics")[2].decode().splitlines() if each.startswith(line))
+
+    before = {status: counted(status) for status in (400, 414, 431)}
     head, _, body = exchange(service, data).partition(b"\r\n\r\n")
     assert b"content-type: application/problem+json" in head.lower()
     assert b"x-request-id: " in head.lower()
-    assert json.loads(body)["status"] == statuses(head)[0]
+    status = json.loads(body)["status"]
+    assert status == statuses(head)[0]
+    assert counted(status) == before[status] + 1
 
 
 def test_damaged_requests_are_no_failures_of_the_service(service):

@@ -4,14 +4,13 @@ import signal
 import time
 from itertools import pairwise
 
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import models
 from sentiment import conversion
 from sentiment.registry import Registry
-from serving import Load, Service, choose_engine
+from serving import Load, Service, choose_engine, preparations
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +131,6 @@ def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, en
         promote(repository, 1.0, seed=5)
         service.wait(lambda: version_of(service) == "v1.4.0", 60)
         assert metric(service, "sentiment_model_failing") == 0
-
-
-def preparations(service):
-    """The processes of serve.prepare that a service has started."""
-    predictor = psutil.Process(service.children()["predictor"][0])
-    return [each for each in predictor.children(recursive=True) if "serve.prepare" in " ".join(each.cmdline())]
 
 
 def test_a_promotion_does_not_wait_until_the_engines_of_the_model_before_are_measured(repository, environment, tmp_path):
