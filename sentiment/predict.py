@@ -14,6 +14,7 @@ server or an earlier run. If none was, engines are measured now where the file i
 
 import argparse
 import csv
+import gzip
 import json
 import logging
 import sys
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     kind = "jsonl" if options.output == STANDARD else sources.file_format(options.output)
     if kind == "text":
         raise DataError(f"{options.output} would hold no columns; name the output .csv, .jsonl or .parquet")
+    if kind == "parquet" and options.output.lower().endswith(".gz"):
+        raise DataError(f"{options.output}: Parquet is compressed in itself; name the output .parquet")
     reviews = read(options.input)
     name, folder = resolve(options.model)
     classifier = load(options, name, folder, expected(options.input, reviews))
@@ -73,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             write(score(chunk, columns, classifier))
             done += len(chunk)
             progress.update(len(chunk))
+        if not done and options.input != STANDARD:
+            raise DataError(f"{options.input} holds no reviews; check that the file is the one you mean")
     log.info("%d reviews scored to %s", done, "standard output" if options.output == STANDARD else options.output)
 
 
@@ -133,7 +138,9 @@ class EngineClassifier:
             inference = Inference.load(folder)
             names = read_json(folder / "config.json")["id2label"]
         except Exception as error:
-            raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
+            raise CheckpointError(
+                f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout dvc.yaml`"
+            ) from error
         engine = engines.load(folder, converted, choice)
         tokenizer = load_tokenizer(folder, inference.max_length)
         return cls(engine, tokenizer, inference, [names[str(k)] for k in range(len(names))])
@@ -195,7 +202,9 @@ def can_convert(folder: Path) -> bool:
         config = read_json(folder / "config.json")
         return all(member["model_type"] == "bert" for member in config.get("members", [config]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read ({first_line(error)}); fetch it: `dvc checkout`") from error
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read ({first_line(error)}); fetch it: `dvc checkout dvc.yaml`"
+        ) from error
 
 
 def measure(engine: str, name: str, folder: Path, converted: Path) -> Choice:
@@ -227,7 +236,7 @@ def score(chunk: list[tuple[int, Row]], columns: list[str], classifier: Scorer) 
     for line, row in chunk:
         if missing := [name for name in columns if name not in row]:
             raise DataError(f"row {line} has no column {', '.join(missing)}; it has {', '.join(row)}: name one with --text")
-        texts.append(text.join([None if row[name] is None else str(row[name]) for name in columns]))
+        texts.append(text.join([as_text(row[name], name, line) for name in columns]))
     with_text = [index for index, value in enumerate(texts) if value]
     results: list[list[Any]] = [[None] * len(added(classifier))] * len(texts)
     if with_text:
@@ -237,6 +246,16 @@ def score(chunk: list[tuple[int, Row]], columns: list[str], classifier: Scorer) 
             results[index] = [classifier.labels[k], row_values[k], *row_values]
     names = added(classifier)
     return [row | dict(zip(names, result, strict=True)) for (_, row), result in zip(chunk, results, strict=True)]
+
+
+def as_text(value: Any, column: str, line: int) -> str | None:
+    """A value of a text column; bytes, as Parquet holds texts not marked as such, are UTF-8. Raises DataError if they are not."""
+    try:
+        return value.decode() if isinstance(value, bytes) else None if value is None else str(value)
+    except UnicodeDecodeError:
+        raise DataError(
+            f"row {line}: column {column} holds bytes that are not UTF-8; write it as text, or name another"
+        ) from None
 
 
 @contextmanager
@@ -249,11 +268,10 @@ def writer(name: str, kind: str, arrow: pa.Schema | None) -> Iterator[WriteRows]
         if kind == "parquet":
             with Parquet(part, arrow) as table:
                 yield table.write
-            if table.writer is None:
-                raise DataError("the input holds no reviews; check that the file is the one you mean")
         else:
-            with part.open("w", encoding="utf-8", newline="") as file:
-                yield json_lines(file) if kind == "jsonl" else csv_lines(file)
+            opener: Any = gzip.open if name.lower().endswith(".gz") else open
+            with opener(part, "wt", encoding="utf-8", newline="") as file:
+                yield json_lines(file) if kind == "jsonl" else csv_lines(file, "\t" if ".tsv" in Path(name).suffixes else ",")
 
 
 def json_lines(file: Any) -> WriteRows:
@@ -265,13 +283,13 @@ def json_lines(file: Any) -> WriteRows:
     return write
 
 
-def csv_lines(file: Any) -> WriteRows:
+def csv_lines(file: Any, delimiter: str) -> WriteRows:
     """Writes rows as CSV, the header before the first."""
     made: list[csv.DictWriter] = []
 
     def write(rows: list[Row]) -> None:
         if not made:
-            made.append(csv.DictWriter(file, columns_of(rows), lineterminator="\n"))
+            made.append(csv.DictWriter(file, columns_of(rows), delimiter=delimiter, lineterminator="\n"))
             made[0].writeheader()
         check_columns(rows, made[0].fieldnames)
         made[0].writerows(rows)

@@ -3,10 +3,12 @@
 A malformed line stops with its number. Rows are numbered from 1: the line of a text file, the row of a Parquet file.
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -24,6 +26,8 @@ FORMATS = {
 }  # fmt: skip
 CHUNK_ROWS = 20_000
 LINE_COLUMN = "source_line"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SEPARATOR_LINE = re.compile(r"sep=(.)\s*")  # as Excel writes it before the header
 Row = dict[str, Any]
 
 
@@ -149,31 +153,36 @@ def parse(file: Iterable[bytes], kind: str, name: str) -> Iterator[tuple[int, Ro
 
 def decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
     """The lines of a file as strings, their ends kept; raises DataError where one is not UTF-8 or the file is cut off."""
-    number = 0
+    number, encoding = 0, "cp1252"
     try:
         for number, line in enumerate(file, 1):
+            encoding = "utf-16" if number == 1 and line.startswith(UTF_16) else encoding
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}, line {number}: not UTF-8 ({error.reason}); convert it: iconv -f latin1 -t utf-8") from None
+        raise DataError(
+            f"{name}, line {number}: not UTF-8 ({error.reason}); convert it: iconv -f {encoding} -t utf-8 FILE > NEW"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}, after line {number}: {error}; fetch the file again") from None
 
 
 def csv_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
     """Rows of a CSV file with a header, separated by whichever of `,` `;` `|` and tab its header has most of."""
-    header = next(lines, "")
+    header, before = next(lines, ""), 1
+    if said := SEPARATOR_LINE.fullmatch(header):
+        header, before = next(lines, ""), 2
     if not header.strip():
         raise DataError(f"{name} is empty; check that the file is the one you mean")
-    delimiter = max(",;|\t", key=header.count)
+    delimiter = said[1] if said else max(",;|\t", key=header.count)
     csv.field_size_limit(1 << 24)
     try:
         columns = next(csv.reader([header], delimiter=delimiter), [])
     except csv.Error as error:
-        raise DataError(f"{name}, line 1: {error}; end its lines with \\n") from None
+        raise DataError(f"{name}, line {before}: {error}; end its lines with \\n") from None
     if not any(columns) or len(set(columns)) < len(columns):
-        raise DataError(f"{name}, line 1: the header must name each column once; it reads {header.strip()[:100]!r}")
+        raise DataError(f"{name}, line {before}: the header must name each column once; it reads {header.strip()[:100]!r}")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    start = 2
+    start = before + 1
     while True:
         try:
             values = next(reader, None)
@@ -185,7 +194,7 @@ def csv_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{name}, line {start}: {len(values)} fields where the header has {len(columns)}; mend that line")
         if values:
             yield start, dict(zip(columns, values, strict=True))
-        start = reader.line_num + 2
+        start = reader.line_num + before + 1
 
 
 def json_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
@@ -198,7 +207,9 @@ def json_rows(lines: Iterator[str], name: str) -> Iterator[tuple[int, Row]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name}, line {number}: not JSON ({error}); mend that line") from None
         if not isinstance(row, dict):
-            raise DataError(f"{name}, line {number}: {type(row).__name__} where an object {{…}} is needed; mend that line")
+            raise DataError(
+                f"{name}, line {number}: {type(row).__name__} where an object {{…}} is needed; write one object a line"
+            )
         yield number, row
 
 

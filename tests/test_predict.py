@@ -1,5 +1,6 @@
 """A model folder that classifies, and files scored with it."""
 
+import gzip
 import json
 import logging
 import subprocess
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 
 import models
-from sentiment import conversion, predict, selection
+from sentiment import conversion, predict, selection, sources
 from sentiment.classifier import Classifier
 from sentiment.engines import Choice
 from sentiment.errors import CheckpointError, DataError, ProjectError
@@ -74,9 +75,12 @@ def table(tmp_path):
     return frame
 
 
+def command(folder, source, output, *options):
+    predict.main([str(source), "--output", str(output), "--model", str(folder), "--device", "cpu", *options])
+
+
 def run(folder, tmp_path, source, output, *options):
-    model = ["--model", str(folder), "--device", "cpu"]
-    predict.main([str(tmp_path / source), "--output", str(tmp_path / output), *model, *options])
+    command(folder, tmp_path / source, tmp_path / output, *options)
     readers = {"csv": pd.read_csv, "parquet": pd.read_parquet, "jsonl": lambda path: pd.read_json(path, lines=True)}
     return readers[output.split(".")[1]](tmp_path / output)
 
@@ -139,6 +143,55 @@ def test_a_text_file_is_a_review_a_line_on_standard_output(folder, tmp_path, cap
     assert [row["text"] for row in rows] == ["veio quebrado", "", "adorei o produto"]
     assert rows[1]["sentiment"] is None
     assert rows[0]["score"] == rows[0][f"probability_{rows[0]['sentiment']}"]
+
+
+@pytest.mark.parametrize("output", ["out.csv.gz", "out.tsv", "out.tsv.gz", "out.jsonl.gz"])
+def test_an_output_is_what_its_name_says(folder, tmp_path, table, output):
+    command(folder, tmp_path / "in.csv", tmp_path / output)
+    command(folder, tmp_path / "in.csv", tmp_path / "plain.csv")
+    expected = list(sources.rows(tmp_path / "plain.csv", "csv"))
+    if "jsonl" in output:
+        found = [
+            (line + 1, {name: "" if value is None else str(value) for name, value in row.items()})
+            for line, row in sources.rows(tmp_path / output, "jsonl")
+        ]
+    else:
+        found = list(sources.rows(tmp_path / output, "csv"))
+        opener = gzip.open if output.endswith("gz") else open
+        with opener(tmp_path / output, "rt", encoding="utf-8") as file:
+            assert ("\t" in file.readline()) == ("tsv" in output)
+    assert [row["id"] for _, row in found] == [row["id"] for _, row in expected]
+    assert [row["sentiment"] for _, row in found] == [row["sentiment"] for _, row in expected]
+
+
+def test_parquet_in_gzip_is_refused(folder, tmp_path, table):
+    with pytest.raises(DataError, match=r"name the output \.parquet"):
+        command(folder, tmp_path / "in.csv", tmp_path / "o.parquet.gz")
+
+
+def test_texts_that_parquet_holds_as_bytes_are_read_as_utf_8(folder, tmp_path, table):
+    as_bytes = table.assign(text=[value.encode() if isinstance(value, str) else None for value in table["text"]])
+    as_bytes.to_parquet(tmp_path / "bytes.parquet")
+    table.to_parquet(tmp_path / "strings.parquet")
+    for name in ("bytes", "strings"):
+        command(folder, tmp_path / f"{name}.parquet", tmp_path / f"{name}.out.parquet")
+    found, expected = (pd.read_parquet(tmp_path / f"{name}.out.parquet") for name in ("bytes", "strings"))
+    pd.testing.assert_frame_equal(found[ADDED], expected[ADDED])
+    assert found["text"].tolist() == as_bytes["text"].tolist()
+    as_bytes.assign(text=b"\xe7").to_parquet(tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match="row 1: column text holds bytes that are not UTF-8"):
+        command(folder, tmp_path / "bytes.parquet", tmp_path / "o.parquet")
+
+
+@pytest.mark.parametrize("output", ["o.csv", "o.jsonl", "o.parquet"])
+@pytest.mark.parametrize("source", ["none.csv", "none.parquet", "none.jsonl"])
+def test_a_file_without_reviews_is_refused_and_leaves_no_output(folder, tmp_path, source, output):
+    empty = pd.DataFrame({"id": [], "text": []})
+    {"none.csv": lambda path: empty.to_csv(path, index=False), "none.parquet": empty.to_parquet,
+     "none.jsonl": lambda path: path.write_text("")}[source](tmp_path / source)  # fmt: skip
+    with pytest.raises(DataError, match="holds no reviews"):
+        command(folder, tmp_path / source, tmp_path / output)
+    assert not (tmp_path / output).exists()
 
 
 def test_a_missing_column_is_named_and_leaves_no_output(folder, tmp_path, table):

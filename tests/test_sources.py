@@ -40,6 +40,11 @@ def test_a_csv_is_read_whatever_separates_its_fields(rows_of, delimiter):
     ]
 
 
+def test_excels_line_before_the_header_names_the_separator(rows_of):
+    content = "sep=|\n" + "a;texto|nota\nBom; mesmo|5\n"
+    assert list(rows_of("a.csv", content)) == [(3, {"a;texto": "Bom; mesmo", "nota": "5"})]
+
+
 def test_commas_in_the_text_do_not_hide_the_semicolons_of_the_header(rows_of):
     assert rows_of("a.csv", "texto;nota\nbonita, leve, barata;5\n") == [(2, {"texto": "bonita, leve, barata", "nota": "5"})]
 
@@ -129,7 +134,9 @@ def test_a_column_that_turns_up_late_is_refused_and_not_lost(tmp_path):
         ("a.csv", 'texto,nota\n"duas\nlinhas",5\nRuim,1,2\n', "line 4: 3 fields where the header has 2"),
         ("a.csv", 'texto,nota\nBom,5\n"sem fim,1\nmais,2\n', "line 3: .*quotes"),
         ("a.csv", 'texto,nota\n"Bom"mesmo,5\n', "line 2: .*quotes"),
-        ("a.csv", "texto,nota\nBom,5\nAção,1\n".encode("latin-1"), "line 3: not UTF-8"),
+        ("a.csv", "texto,nota\nBom,5\nAção,1\n".encode("latin-1"), "line 3: not UTF-8.*iconv -f cp1252 "),
+        ("a.csv", "texto,nota\nBom,5\n".encode("utf-16"), "line 1: not UTF-8.*iconv -f utf-16 "),
+        ("a.csv", "sep=;\ntexto;nota\nBom;5\nRuim\n", "line 4: 1 fields where the header has 2"),
         ("a.csv", "texto,texto\nBom,5\n", "line 1: the header"),
         ("a.csv", "texto,nota\rBom,5\rRuim,1\r", "line 1"),
         ("a.csv", "", "is empty"),
