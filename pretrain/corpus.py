@@ -8,7 +8,7 @@ Run:  python -m pretrain.corpus
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,12 +24,14 @@ METRICS = Path("metrics/pretraining/corpus.json")
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+")
 SCHEMA = pa.schema({"text": pa.string(), "repeat": pa.int16()})
 CHUNK = 10_000
+TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
 log = logging.getLogger("stages.corpus")
 
 
 def main() -> None:
     settings = pretraining_params.load().corpus
-    left_out, seen, counts = excluded(settings.exclude), set[bytes](), Counter[str]()
+    number, left_out = excluded(settings.exclude)
+    seen, counts = set[bytes](), Counter[str]()
     with atomic(CORPUS) as part:
         part.mkdir()
         files = {name: pq.ParquetWriter(part / f"{name}.parquet", SCHEMA, compression="zstd") for name in ("train", "held_out")}
@@ -47,25 +49,31 @@ def main() -> None:
             writer.close()
     if not counts["train"] or not counts["held_out"]:
         raise DataError("corpus.files leave no texts to train on, or none to hold out; add files, or raise corpus.held_out")
-    write_json(METRICS, {"to_exclude": len(left_out), **counts})
+    write_json(METRICS, {"to_exclude": number, **counts})
     log.info(", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items()))
-    log.info("of %d texts that corpus.exclude names, these files have %d", len(left_out), len(left_out & seen))
+    log.info(
+        "of %d texts that corpus.exclude names, these files have %d",
+        number,
+        len({left_out[mark] for mark in seen & left_out.keys()}),
+    )
 
 
-def excluded(paths: list[str]) -> set[bytes]:
-    """What stands for the texts that are not to be learnt from."""
-    found: set[bytes] = set()
+def excluded(paths: list[str]) -> tuple[int, dict[bytes, bytes]]:
+    """How many texts are not to be learnt from; and what stands for each, and for its longest column, with what stands for it."""
+    found: dict[bytes, bytes] = {}
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"corpus.exclude names {path}, which is no file; run `dvc repro prepare`, or take it from the list")
-        found |= {digest(text.key(value)) for value in pq.read_table(path, columns=["text"])["text"].to_pylist()}
-    return found
+        for value in pq.read_table(path, columns=["text"])["text"].to_pylist():
+            whole = digest(text.key(value))
+            found |= {digest(text.key(text.longest_part(value))): whole, whole: whole}
+    return len(set(found.values())), found
 
 
 def texts(
     file: pretraining_params.File,
     settings: pretraining_params.Corpus,
-    left_out: set[bytes],
+    left_out: Container[bytes],
     seen: set[bytes],
     counts: Counter[str],
 ) -> Iterator[str]:
@@ -95,7 +103,18 @@ def lines(file: pretraining_params.File) -> Iterator[str]:
     for table in sources.tables(path, kind):
         if column not in table.column_names:
             raise DataError(f"{file.path} has no column {column}; name one of {', '.join(table.column_names)} in corpus.files")
-        yield from filter(None, table[column].to_pylist())
+        yield from filter(None, strings(table[column], file.path, column))
+
+
+def strings(values: pa.ChunkedArray, path: str, column: str) -> list[str | None]:
+    """A column of texts, also one whose bytes are not marked as such; raises DataError if it is none."""
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if any(is_a(kind) for is_a in TEXTS):
+        try:
+            return values.cast(pa.string()).to_pylist()
+        except pa.ArrowInvalid:
+            raise DataError(f"{path}: column {column} holds bytes that are not UTF-8; write it as text") from None
+    raise DataError(f"{path}: column {column} is of type {values.type}, which is no text; name another one in corpus.files")
 
 
 def pieces(value: str, max_words: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 Case = Literal["as_written", "lower", "truecase"]
 
+SEPARATOR = " - "  # of columns that are read as one text
 KEPT_FORMATS = {"\u200d"}  # the joiner inside emoji such as 👩‍🔧
 NOT_TEXT = {"Cc", "Cf", "Cs", "Co", "Cn"}  # control, format, surrogate, private use, unassigned
 WORD = re.compile(r"\w+")
@@ -42,7 +43,12 @@ def is_not_text(char: str) -> bool:
 
 def join(parts: Sequence[str | None], case: Case = "as_written") -> str:
     """One text from several columns, each cleaned, the empty ones left out."""
-    return " - ".join(filter(None, (clean(part, case) for part in parts if part)))
+    return SEPARATOR.join(filter(None, (clean(part, case) for part in parts if part)))
+
+
+def longest_part(text: str) -> str:
+    """The longest of the columns that a text was joined from: what it shares with one that was read with others, or alone."""
+    return max(text.split(SEPARATOR), key=len)
 
 
 def key(text: str) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sentiment import metrics, params, slices
+from sentiment import metrics, params, slices, text
+from sentiment.classifier import Inference
 from sentiment.errors import ParamsError, RegistryError
 from sentiment.files import read_json, write_json
 from sentiment.gates import judge
-from sentiment.logs import run_stage
+from sentiment.logs import first_line, run_stage
 from sentiment.registry import ARTIFACT, Registry, Version
 from sentiment.repository import find_repository
 
@@ -63,7 +64,8 @@ def decide(
     """What metrics/promotion.json says: the verdict (promoted or kept), the reason, and each gate with value and bound."""
     metric, rules = settings.promote.metric, settings.promote
     version = registry.in_stage(rules.stage)
-    production, compared_on = production_answers(registry, version, candidate, names) if version else (None, None)
+    columns = settings.prepare.text
+    production, compared_on = production_answers(registry, version, candidate, names, columns) if version else (None, None)
     rival = None if production is None else metrics.rescore(production, names)[metric]
     compared = candidate if production is None else candidate[candidate["review_id"].isin(production["review_id"])]
     value = metrics.rescore(compared, names)[metric]
@@ -92,9 +94,9 @@ def kinds(candidate: pd.DataFrame, settings: params.Params) -> dict[str, pd.Seri
 
 
 def production_answers(
-    registry: Registry, version: Version, candidate: pd.DataFrame, names: list[str]
+    registry: Registry, version: Version, candidate: pd.DataFrame, names: list[str], columns: list[str]
 ) -> tuple[pd.DataFrame, str]:
-    """The production model's predictions for the candidate's test reviews, and how they were had.
+    """The production model's predictions for the candidate's test reviews, read from `columns`, and how they were had.
 
     By the predictions stored with it if they are of the same reviews, else by scoring the production model on them. Raises
     RegistryError if it tells other classes, or if neither is to be had.
@@ -111,23 +113,49 @@ def production_answers(
     if same[0].shape == same[1].shape and (same[0] == same[1]).all():
         return stored, "predictions stored with the production model"
     log.info("%s was tested on other reviews: it is scored on this test split", version.tag)
-    unseen = candidate[~candidate["review_id"].isin(learnt(registry, version))]
+    folder = registry.folder(version)
+    unseen = candidate[~has_learnt(registry, version, folder, candidate["review_id"], columns)]
     if unseen.empty:
         raise RegistryError(
             f"{version.tag} in production has learnt from all of these test reviews, so that nothing fair is left to compare on; "
             f"take back the change of prepare.test or prepare.group, or give this model another promote.stage"
         )
-    answered = predict(registry.folder(version), unseen, names)
+    answered = predict(folder, unseen, names)
     if left_out := len(candidate) - len(unseen):
         log.warning("%d of %d test reviews are left out: %s has learnt from them", left_out, len(candidate), version.tag)
         return answered, f"production model scored on {len(unseen)} reviews of this test; it has learnt from the other {left_out}"
     return answered, "production model scored on this test"
 
 
-def learnt(registry: Registry, version: Version) -> "pd.Series[Any]":
-    """The review_id of what a version was trained and fitted on; raises RegistryError if that is not to be had."""
+def has_learnt(
+    registry: Registry, version: Version, folder: Path, review_ids: "pd.Series[Any]", columns: list[str]
+) -> "pd.Series[Any]":
+    """Which of the test reviews, read from `columns`, a version was trained or fitted on; raises RegistryError if it has no data.
+
+    Where it read other columns, a title more, say, the longest part of a text tells.
+    """
     parts = [registry.read(version, f"data/prepared/{split}.parquet") for split in ("train", "validation")]
-    return pd.concat(pd.read_parquet(io.BytesIO(part), columns=["review_id"])["review_id"] for part in parts)
+    known = pd.concat(pd.read_parquet(io.BytesIO(part), columns=["review_id", "text"]) for part in parts)
+    found = review_ids.isin(known["review_id"])
+    try:
+        read = Inference.load(folder).text
+    except (OSError, ValueError, TypeError) as error:
+        raise RegistryError(
+            f"{version.tag} in production has no inference.json that can be read ({first_line(error)})"
+        ) from error
+    if read == columns:
+        return found
+    log.warning(
+        "%s reads %s and this model %s: it is scored on what this one reads", version.tag, ", ".join(read), ", ".join(columns)
+    )
+    texts = pd.read_parquet(PREPARED, columns=["review_id", "text"]).set_index("review_id")["text"].loc[review_ids]
+    alike = texts.map(longest_key).isin(set(known["text"].map(longest_key)))
+    return found | alike.to_numpy()
+
+
+def longest_key(value: str) -> str:
+    """What stands for the longest column of a text."""
+    return text.key(text.longest_part(value))
 
 
 def predict(folder: Path, candidate: pd.DataFrame, names: list[str]) -> pd.DataFrame:

@@ -274,6 +274,7 @@ def project(tmp_path, monkeypatch):
     }
     (tmp_path / "texts.txt").write_text("\n".join([*texts, "uma", texts[0].upper() + "!"]))
     pq.write_table(pa.table({"text": texts[:50]}), tmp_path / "test.parquet")
+    pq.write_table(pa.table({"n": [1, 2], "b": [b"bom", b"\xe7"]}), tmp_path / "numbers.parquet")
     monkeypatch.chdir(tmp_path)
     write(values)
     return values, texts
@@ -306,6 +307,26 @@ def test_no_text_to_be_tested_on_is_learnt_from_and_none_twice(project):
     assert {name: written[name] for name in (*counted, "to_exclude")} == counted | {"to_exclude": len(left_out)}
 
 
+def test_a_text_to_be_tested_on_is_not_learnt_without_its_title_either(project):
+    _, texts = project
+    pq.write_table(pa.table({"text": [f"Oi - {value}" for value in texts[:50]]}), "test.parquet")
+    corpus.main()
+    found = {text.key(row["text"]) for row in read("train") + read("held_out")}
+    assert found == {text.key(value) for value in texts} - {text.key(value) for value in texts[:50]}
+    assert json.loads(corpus.METRICS.read_text())["to_exclude"] == len({text.key(value) for value in texts[:50]})
+
+
+def test_texts_that_parquet_holds_as_bytes_are_learnt_from_too(project):
+    values, texts = project
+    for name, kind in (("strings", pa.string()), ("bytes", pa.binary()), ("repeated", pa.dictionary(pa.int32(), pa.string()))):
+        column = pa.array(texts) if name != "bytes" else pa.array([value.encode() for value in texts])
+        pq.write_table(pa.table({"text": column.cast(kind) if name != "repeated" else column.dictionary_encode()}), "a.parquet")
+        values["corpus"]["files"] = [{"path": "a.parquet", "column": "text", "repeat": 1}]
+        write(values)
+        corpus.main()
+        assert {text.key(row["text"]) for row in read("train")} <= {text.key(value) for value in texts}
+
+
 def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypatch):
     for each in (corpus.main, tokenize.main, stage.main):
         each()
@@ -327,6 +348,8 @@ def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypa
         ({"files": [{"path": "none.txt"}]}, DataError, "none.txt.*data/text"),
         ({"files": [{"path": "texts.txt", "column": "a"}]}, DataError, "column"),
         ({"files": [{"path": "test.parquet", "column": "a"}]}, DataError, "no column a"),
+        ({"files": [{"path": "numbers.parquet", "column": "n"}]}, DataError, "column n is of type int64, which is no text"),
+        ({"files": [{"path": "numbers.parquet", "column": "b"}]}, DataError, "column b holds bytes that are not UTF-8"),
         ({"exclude": ["none.parquet"]}, DataError, "dvc repro prepare"),
         ({"min_words": 0}, ParamsError, r"corpus\.min_words"),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,20 @@ def test_reviews_that_the_production_model_has_learnt_from_are_left_out(real, tm
     answers = pd.read_parquet("data/predictions/test.parquet")
     left = answers[~answers["review_id"].str.fullmatch(r"0\.4-\w+-\d")]
     assert decision["candidate"] == pytest.approx(f1_score(left["label"], left["prediction"], average="macro"), abs=1e-6)
+
+
+def test_reviews_that_it_has_learnt_without_their_title_are_left_out(real, tmp_path, copy_of, candidate, caplog):
+    repository = candidate(
+        copy_of(real, tmp_path / "repository"), prepare__test=0.3, train__lr=0.9, prepare__text=["title", "review_text"]
+    )
+    path = Path("data/prepared/test.parquet")
+    frame = pd.read_parquet(path)
+    names = frame["review_id"].str.extract(r"0\.3-(\w+)-(\d)$")
+    frame["text"] = ("Oi - " + names[0] + " " + names[1]).fillna("Oi - " + frame["text"])  # the first ten of a class are learnt
+    frame.to_parquet(path)
+    decision = decide(repository)
+    assert decision["compared_on"] == "production model scored on 60 reviews of this test; it has learnt from the other 20"
+    assert "reads review_text and this model title, review_text" in caplog.text
 
 
 def test_a_production_model_that_has_learnt_from_all_test_reviews_blocks_a_promotion(real, tmp_path, copy_of, candidate):
