@@ -27,7 +27,7 @@ METRICS = Path("metrics/data.json")
 BALANCE = Path("metrics/plots/class_balance.csv")
 SPLITS = ("test", "validation", "train")  # the order in which copies of one text are kept
 ROW_GROUP = 20_000  # rows of a prepared file that are read into memory together
-OWN_COLUMNS = ["review_id", "text", "label", "rating", "split"]
+OWN_COLUMNS = ["review_id", "text", "label", "rating", "split", "reason"]
 log = logging.getLogger("stages.prepare")
 
 

@@ -246,6 +246,12 @@ def test_columns_named_as_the_stage_names_its_own_are_read(run):
     assert set(rows["text"]) == set(frame["text"])
 
 
+def test_a_column_named_as_the_one_that_says_why_a_row_is_left_out_breaks_nothing(run):
+    frames, _ = run(with_rows(review("Mais ou menos", rating="3")).assign(reason="presente"))
+    assert set(frames["rejected"]["reason"]) >= {"unmapped_rating"}
+    assert "presente" not in set(frames["rejected"]["reason"])
+
+
 @pytest.mark.parametrize("settings", [{"text": ["comentario"]}, {"rating": "comentario"}, {"group": "comentario"}])
 def test_a_missing_column_is_named_with_those_that_are_there(run, settings):
     with pytest.raises(DataError, match=r"no column comentario; it has product_id, review_title, review_text, overall_rating:"):
