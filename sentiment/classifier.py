@@ -72,9 +72,11 @@ class Classifier:
             inference = Inference.load(folder)
             model, missing = load_network(folder)
         except Exception as error:
-            raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout`") from error
+            raise CheckpointError(
+                f"{folder} cannot be loaded ({first_line(error)}); fetch it again: `dvc checkout dvc.yaml`"
+            ) from error
         if missing:
-            raise CheckpointError(f"{folder} lacks the weights {', '.join(missing)}; fetch it again: `dvc checkout`")
+            raise CheckpointError(f"{folder} lacks the weights {', '.join(missing)}; fetch it again: `dvc checkout dvc.yaml`")
         names = [model.config.id2label[k] for k in range(model.config.num_labels)]
         return cls(model.to(where).eval(), load_tokenizer(folder, inference.max_length), inference, names, where)
 

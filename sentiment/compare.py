@@ -78,7 +78,7 @@ def table(name: str, path: Path) -> pd.DataFrame:
     """A Parquet file as it is in the workspace, or was in a version, a stage, an experiment or a git revision."""
     if name == WORKSPACE:
         if not path.is_file():
-            raise DataError(f"there is no {path} in the workspace; run `dvc repro`, or `dvc checkout`")
+            raise DataError(f"there is no {path} in the workspace; run `dvc repro`, or `dvc checkout dvc.yaml`")
         return pd.read_parquet(path)
     registry = Registry(find_repository(Path()))
     try:

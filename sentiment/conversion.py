@@ -37,7 +37,9 @@ def folder_of(cache: Path, model: Path) -> Path:
             with (model / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise CheckpointError(f"{model} lacks {name} ({first_line(error)}); fetch the model again: `dvc checkout`") from error
+            raise CheckpointError(
+                f"{model} lacks {name} ({first_line(error)}); fetch the model again: `dvc checkout dvc.yaml`"
+            ) from error
     return cache / digest.hexdigest()[:16]
 
 

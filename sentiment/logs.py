@@ -71,7 +71,7 @@ def guarded(name: str, main: Callable[[], None], log_file: Path) -> int:
         if is_disk_full(error):
             logger.error("no space is left on the disk; free some, then run `dvc repro` again", exc_info=True)
         elif missing := missing_output(error):
-            logger.error("%s is not there: `dvc repro` makes it, `dvc checkout` brings it back", missing, exc_info=True)
+            logger.error("%s is not there: `dvc repro` makes it, `dvc checkout dvc.yaml` brings it back", missing, exc_info=True)
         else:
             logger.error("%s: %s; the whole trace is in %s", type(error).__name__, first_line(error), log_file, exc_info=True)
         return 1

@@ -18,7 +18,7 @@ READERS = [pd.read_parquet, pyarrow.parquet.read_table, load_file, Path.read_tex
 def test_an_output_that_is_not_there_is_named_with_what_makes_it(tmp_path, monkeypatch, caplog, read, name):
     monkeypatch.chdir(tmp_path)
     assert guarded("promote", lambda: read(Path(name)), tmp_path / "promote.log") == 1
-    assert caplog.records[-1].getMessage() == f"{name} is not there: `dvc repro` makes it, `dvc checkout` brings it back"
+    assert caplog.records[-1].getMessage() == f"{name} is not there: `dvc repro` makes it, `dvc checkout dvc.yaml` brings it back"
 
 
 @pytest.mark.parametrize(
