@@ -262,7 +262,8 @@ def check(values: dict[str, Any], path: str = "params.yaml", kind: type[Kind] = 
         return kind.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(sentence(dict(problem)) for problem in error.errors()))
-        raise ParamsError(f"{path}: {problems}; correct it there, or with -S KEY=VALUE") from None
+        file = "" if path == "params.yaml" else f"{path}:"
+        raise ParamsError(f"{path}: {problems}; correct it there, or with -S {file}KEY=VALUE") from None
 
 
 def sentence(problem: dict[str, Any]) -> str:
@@ -274,6 +275,6 @@ def sentence(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = re.sub(r"^Input should be", "must be", message)
-    if isinstance(problem["input"], dict):
-        return f"{key} {message}".strip()
+    if isinstance(problem["input"], dict):  # of a section, whose key the message may begin with
+        return f"{key}{'.' if message.split(' ')[0] in problem['input'] else ' '}{message}".strip()
     return f"{key} {message} (it is {problem['input']!r})"

@@ -318,5 +318,5 @@ def test_validation_and_test_are_sampled_to_the_shares_that_are_asked_for_and_tr
 
 @pytest.mark.parametrize("shares", [{"negativo": 1.0}, {"negativo": 0.2, "positivo": 0.7}, {"ruim": 0.2, "bom": 0.8}])
 def test_shares_that_are_not_of_the_classes_are_refused(run, shares):
-    with pytest.raises(ParamsError, match=r"prepare\.?.*shares"):
+    with pytest.raises(ParamsError, match=r"prepare\.shares[. ]"):
         run(reviews(50), shares=shares)

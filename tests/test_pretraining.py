@@ -351,7 +351,7 @@ def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypa
         ({"files": [{"path": "numbers.parquet", "column": "n"}]}, DataError, "column n is of type int64, which is no text"),
         ({"files": [{"path": "numbers.parquet", "column": "b"}]}, DataError, "column b holds bytes that are not UTF-8"),
         ({"exclude": ["none.parquet"]}, DataError, "dvc repro prepare"),
-        ({"min_words": 0}, ParamsError, r"corpus\.min_words"),
+        ({"min_words": 0}, ParamsError, r"corpus\.min_words.*-S pretrain/params.yaml:KEY=VALUE"),
     ],
 )
 def test_what_is_wrong_with_the_corpus_is_said(project, change, error, words):
