@@ -218,17 +218,6 @@ def test_where_the_models_process_runs_out_of_descriptors_it_goes_on(service):
     assert service.children()["predictor"] == [predictor]
 
 
-def test_texts_whose_clients_have_given_up_do_not_count_as_waiting(folder, cache, environment, tmp_path):
-    with Service(tmp_path / "service", environment, model=folder, cache=cache, timeout_seconds=1, batch_tokens=32) as service:
-        (predictor,) = service.children()["predictor"]
-        os.kill(predictor, signal.SIGSTOP)
-        asked = [Asked(service, "/predict/batch", {"texts": ["muito bom"] * 100}) for _ in range(6)]
-        assert {each.wait()[0] for each in asked} == {504}
-        os.kill(predictor, signal.SIGCONT)
-        service.wait(lambda: service.get("/health")[2].get("waiting_texts") == 0)
-        assert service.total("sentiment_queue_texts") == 0
-
-
 def test_nothing_is_left_on_disk_or_running_at_the_end(folder, environment, tmp_path):
     temporary = tmp_path / "t"
     temporary.mkdir()
@@ -246,7 +235,7 @@ def test_nothing_is_left_on_disk_or_running_at_the_end(folder, environment, tmp_
 
 
 def test_what_a_killed_models_process_was_measuring_is_ended(folder, environment, tmp_path):
-    with Service(tmp_path / "service", environment, model=folder) as service:
+    with Service(tmp_path / "service", environment, model=folder, engine="torch") as service:
         (measured,) = (tmp_path / "service" / "engines").iterdir()
         with conversion.locked(measured):
             service.wait(lambda: preparations(service))
@@ -257,7 +246,7 @@ def test_what_a_killed_models_process_was_measuring_is_ended(folder, environment
 
 def test_engines_that_could_not_be_measured_are_measured_when_asked_for(folder, environment, tmp_path):
     reviews = tmp_path / "reviews.parquet"
-    with Service(tmp_path / "service", environment, model=folder, reviews=reviews) as service:
+    with Service(tmp_path / "service", environment, model=folder, engine="torch", reviews=reviews) as service:
         service.wait(lambda: service.get("/health")[2]["failure"], 60)
         assert service.get("/health")[2]["failure"]["what"] == "the engines cannot be measured"
         assert service.total("sentiment_model_failing") == 0
