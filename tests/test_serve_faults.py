@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -191,9 +192,10 @@ def test_too_many_waiting_texts_are_503_with_a_time_to_come_again(folder, cache,
 
 
 def limit_descriptors(pid, more):
-    """Let a process have so many descriptors more than it has, and no others."""
-    most = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()) + 1 + more
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, 1024))
+    """Let a process open so many descriptors more, and no others."""
+    used = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    free = (number for number in range(1024) if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (next(islice(free, more, None)), 1024))
 
 
 def test_where_descriptors_run_out_connections_wait_and_the_log_does_not_overflow(service):
