@@ -30,7 +30,7 @@ log = logging.getLogger("stages.corpus")
 
 def main() -> None:
     settings = pretraining_params.load().corpus
-    number, left_out = excluded(settings.exclude)
+    to_exclude, left_out = excluded(settings.exclude)
     seen, counts = set[bytes](), Counter[str]()
     with atomic(CORPUS) as part:
         part.mkdir()
@@ -47,15 +47,12 @@ def main() -> None:
         for name, writer in files.items():
             writer.write_table(pa.Table.from_pylist(rows[name], SCHEMA))
             writer.close()
-    if not counts["train"] or not counts["held_out"]:
-        raise DataError("corpus.files leave no texts to train on, or none to hold out; add files, or raise corpus.held_out")
-    write_json(METRICS, {"to_exclude": number, **counts})
+        if not counts["train"] or not counts["held_out"]:
+            raise DataError("corpus.files leave no texts to train on, or none to hold out; add files, or raise corpus.held_out")
+    write_json(METRICS, {"to_exclude": to_exclude, **counts})
     log.info(", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items()))
-    log.info(
-        "of %d texts that corpus.exclude names, these files have %d",
-        number,
-        len({left_out[mark] for mark in seen & left_out.keys()}),
-    )
+    found = {left_out[mark] for mark in seen & left_out.keys()}
+    log.info("of %d texts that corpus.exclude names, these files have %d", to_exclude, len(found))
 
 
 def excluded(paths: list[str]) -> tuple[int, dict[bytes, bytes]]:
