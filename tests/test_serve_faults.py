@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import tempfile
 import threading
 import time
 from itertools import islice
@@ -33,6 +34,13 @@ def cache(folder, tmp_path_factory):
 def service(folder, cache, environment, tmp_path):
     with Service(tmp_path / "service", environment, model=folder, cache=cache) as made:
         yield made
+
+
+@pytest.fixture
+def temporary():
+    """A folder for temporary files, with a name that is short enough for a socket (pytest's own is not always)."""
+    with tempfile.TemporaryDirectory(prefix="t-") as made:
+        yield Path(made)
 
 
 class Asked:
@@ -220,9 +228,7 @@ def test_where_the_models_process_runs_out_of_descriptors_it_goes_on(service):
     assert service.children()["predictor"] == [predictor]
 
 
-def test_nothing_is_left_on_disk_or_running_at_the_end(folder, environment, tmp_path):
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+def test_nothing_is_left_on_disk_or_running_at_the_end(folder, environment, temporary, tmp_path):
     service = Service(tmp_path / "service", environment | {"TMPDIR": str(temporary)}, model=folder)
     try:
         service.start(wait_for_model=False)
@@ -262,13 +268,12 @@ def test_engines_that_could_not_be_measured_are_measured_when_asked_for(folder, 
     assert sum("model loaded" in line for line in service.log()) == loaded
 
 
-def test_a_port_that_is_taken_ends_the_start_and_everything_with_it(service, folder, environment, tmp_path):
-    (tmp_path / "t").mkdir()
-    second = Service(tmp_path / "second", environment | {"TMPDIR": str(tmp_path / "t")}, model=folder, port=service.port)
+def test_a_port_that_is_taken_ends_the_start_and_everything_with_it(service, folder, environment, temporary, tmp_path):
+    second = Service(tmp_path / "second", environment | {"TMPDIR": str(temporary)}, model=folder, port=service.port)
     with pytest.raises(AssertionError, match="the service ended with 1"):
         second.start()
-    assert not list((tmp_path / "t").iterdir())
-    assert "Address already in use" in second.output.read_text() or "in use" in second.output.read_text()
+    assert not list(temporary.iterdir())
+    assert "in use" in second.output.read_text()
 
 
 def test_wrong_settings_end_the_start_with_the_variables_name(folder, environment, tmp_path):
