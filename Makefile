@@ -22,8 +22,8 @@ repro: .venv/installed  ## install into .venv and run the pipeline: download, pr
 serve: .venv/installed  ## answer HTTP requests on port 8000 with the model in production
 	gunicorn -c serve/gunicorn.conf.py serve.app:app
 
-test: .venv/dev-installed  ## run the tests, a file on each of up to four cores at a time
-	python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: .venv/dev-installed  ## run the tests, in up to six processes, a file at a time in each
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev-installed  ## run the linters
 	ruff check . && ruff format --check . && mypy

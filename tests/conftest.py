@@ -34,8 +34,14 @@ REVIEWS = 600  # of the sample, for a run of the whole pipeline
 OUTSIDE = ("GIT_", "DVC_", "XDG_")  # variables of the user that would reach into the repositories
 
 
+def pytest_xdist_auto_num_workers():
+    """Half as many processes again as cores, six at most: many of the tests wait for what they have started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(6, cores + cores // 2)
+
+
 def pytest_configure():
-    """Give each of several processes cores of its own: they, and all that they start, would fight over them."""
+    """Give each of several processes cores of its own, as far as there are: they, and what they start, would fight over them."""
     if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)

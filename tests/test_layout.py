@@ -48,6 +48,18 @@ def packages(folder):
     return {name.split(".")[0] for file in files for name in imports(file)}
 
 
+def commands(name):
+    """The commands that a page tells to type, without their comments."""
+    blocks = (ROOT / name).read_text(encoding="utf-8").split("```bash\n")[1:]
+    lines = [line for block in blocks for line in block.partition("```")[0].splitlines()]
+    return {line.partition(" #")[0].strip() for line in lines} - {""}
+
+
+def test_the_portuguese_page_tells_the_commands_of_the_readme():
+    assert commands("LEIAME.md") - commands("README.md") == set()
+    assert len(commands("LEIAME.md")) > 10
+
+
 def test_stages_use_the_library_and_not_the_server():
     assert "sentiment" in packages("stages")
     assert "serve" not in packages("stages")

@@ -79,19 +79,16 @@ def test_every_plot_is_drawn_from_data_that_is_there(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [
+def test_a_wrong_parameter_stops_the_run_by_its_name_and_production_stays(trained, tmp_path):
+    before = production(trained, tmp_path / "before")
+    for setting, says in (
         ("train.lr=abc", "train.lr must be a valid number (it is 'abc')"),
         ("train.lr=-1", "train.lr must be greater than 0 (it is -1)"),
-    ],
-)
-def test_a_wrong_parameter_stops_the_run_by_its_name_and_production_stays(trained, setting, says, tmp_path):
-    before = production(trained, tmp_path / "before")
-    done = trained.run("dvc", "exp", "run", "--set-param", setting, check=False)
-    assert done.returncode != 0
-    assert says in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    ):
+        done = trained.run("dvc", "exp", "run", "--set-param", setting, check=False)
+        assert done.returncode != 0
+        assert says in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
     assert production(trained, tmp_path / "after") == before
 
 
@@ -172,8 +169,8 @@ def test_a_versions_test_reviews_come_with_label_and_prediction(trained_project,
 
 @pytest.mark.slow
 def test_two_experiments_are_averaged_evaluated_and_judged_like_one_model(trained):
-    trained.run("dvc", "exp", "run", "--name", "outra", "--set-param", "train.seed=7")
-    trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]")
+    trained.run("dvc", "exp", "run", "--name", "outra", "--set-param", "train.seed=7", "train")
+    trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]", "promote")
     metadata = read_json(trained.path / "models/sentiment/metadata.json")
     assert [each["model"] for each in metadata["members"]] == ["v1.0.0", "outra"]
     assert ensemble.is_ensemble(trained.path / "models/sentiment")
@@ -183,5 +180,5 @@ def test_two_experiments_are_averaged_evaluated_and_judged_like_one_model(traine
         "python", "-m", "sentiment.predict", "data/sample/reviews.csv", "--model", "models/sentiment", "--output", "scored.csv"
     )
     assert "Traceback" not in done.stderr
-    failed = trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,v9.9.9]", check=False)
+    failed = trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,v9.9.9]", "train", check=False)
     assert "names v9.9.9, whose model is not to be had" in failed.stdout + failed.stderr
