@@ -26,6 +26,7 @@ CACHE = Path("models/registry/engines")
 HASHED = ("model.safetensors", "config.json", "tokenizer.json", "inference.json")
 QUICK = "quick"  # the folder, within a model's, of what is made in a hurry
 FORMAT = 2  # of the files in the cache
+THREADS = "-threads-"  # in the name of a choice for fewer threads than there are processors, or more
 CALIBRATION_ROWS = 64  # packed rows whose activations int8 is fitted to
 
 
@@ -49,8 +50,8 @@ def locked(converted: Path) -> FileLock:
     return FileLock(converted / "lock")
 
 
-def machine() -> dict[str, str]:
-    """What a choice holds for: another processor or another version of an engine is measured anew."""
+def machine(threads: int | None = None) -> dict[str, str]:
+    """What a choice holds for: another processor, number of threads (None: all) or version of an engine is measured anew."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -59,17 +60,27 @@ def machine() -> dict[str, str]:
         )
         fields = {name.strip(): value.strip() for name, value in lines.items()}
         cpu = " ".join(filter(None, (fields.get("model name"), fields.get("model"), fields.get("stepping"))))
-    return {"cpu": cpu, "threads": str(engines.cores())} | {name: version(name) for name in engines.ENGINES}
+    return {"cpu": cpu, "threads": str(threads or engines.cores())} | {name: version(name) for name in engines.ENGINES}
 
 
-def read_choice(converted: Path, engine: str) -> Choice | None:
-    """The choice made before for this machine, or None; `engine` is auto or one engine."""
+def choice_file(converted: Path, engine: str, threads: int | None = None) -> Path:
+    """Where a choice is kept; `engine` is auto or one engine, `threads` None for those of all processors."""
+    return converted / (f"{engine}.json" if threads in (None, engines.cores()) else f"{engine}{THREADS}{threads}.json")
+
+
+def read_choice(converted: Path, engine: str, threads: int | None = None) -> Choice | None:
+    """The choice made before for this machine and so many threads, or None."""
+    return choice_in(choice_file(converted, engine, threads), threads)
+
+
+def choice_in(path: Path, threads: int | None) -> Choice | None:
+    """The choice in a file, if it holds here."""
     try:
-        kept = read_json(converted / f"{engine}.json")
-        if kept["machine"] != machine():
+        kept = read_json(path)
+        if kept["machine"] != machine(threads):
             return None
         choice = Choice(**kept["choice"])
-        return choice if all((converted / name).is_file() for name in graph_files(choice)) else None
+        return choice if all((path.parent / name).is_file() for name in graph_files(choice)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -82,13 +93,15 @@ def graph_files(choice: Choice) -> set[str]:
     return {graph, graph.replace(".xml", ".bin")}
 
 
-def write_choice(converted: Path, engine: str, choice: Choice) -> None:
-    """Keep a choice, for this machine, and drop the graphs that no choice needs."""
-    write_json(converted / f"{engine}.json", {"machine": machine(), "choice": choice.as_dict()})
+def write_choice(converted: Path, engine: str, choice: Choice, threads: int | None = None) -> None:
+    """Keep a choice, for this machine and so many threads, and drop the graphs that no choice needs."""
+    kept = {"machine": machine(threads), "choice": choice.as_dict()}
+    write_json(choice_file(converted, engine, threads), kept)
     needed: set[str] = set()
-    for name in ("auto", *engines.ENGINES):
-        if kept := read_choice(converted, name):
-            needed |= graph_files(kept)
+    for path in converted.glob("*.json"):
+        _, _, number = path.stem.partition(THREADS)
+        if other := choice_in(path, int(number) if number.isdecimal() else None):
+            needed |= graph_files(other)
     for path in converted.iterdir():
         if path.suffix in (".xml", ".bin", ".onnx") and path.name not in needed:
             path.unlink()

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     converted = conversion.folder_of(options.cache, options.model)
     with conversion.locked(converted):
         choice = choose(options.model, converted, options.engine, read_reviews(options.reviews), options.threads)
-        conversion.write_choice(converted, options.engine, choice)
+        conversion.write_choice(converted, options.engine, choice, options.threads)
     log.info("%s in %s: %s", choice.engine, choice.precision, choice.why)
 
 
@@ -74,9 +74,9 @@ def read_reviews(path: Path | None) -> "pd.DataFrame | None":
     return table
 
 
-def known(converted: Path, engine: str, reviews: Path | None = None) -> Choice | None:
-    """The choice made before, unless there are labelled reviews now and were none then."""
-    kept = conversion.read_choice(converted, engine)
+def known(converted: Path, engine: str, reviews: Path | None = None, threads: int | None = None) -> Choice | None:
+    """The choice made before for so many threads, unless there are labelled reviews now and were none then."""
+    kept = conversion.read_choice(converted, engine, threads)
     return kept if kept and (kept.labelled or not reviews) else None
 
 
@@ -91,11 +91,11 @@ def choose_once(
 ) -> Choice:
     """The choice made before, else one by measurement, on the labelled reviews of a file or of the version, which is kept."""
     with conversion.locked(converted):
-        if kept := known(converted, engine, reviews):
+        if kept := known(converted, engine, reviews, threads):
             return kept
         labelled = read_reviews(reviews) if reviews else reviews_of(registry, version)
         choice = choose(model, converted, engine, labelled, threads)
-        conversion.write_choice(converted, engine, choice)
+        conversion.write_choice(converted, engine, choice, threads)
         return choice
 
 

@@ -85,7 +85,7 @@ def choose(
     converted = conversion.folder_of(options.cache, folder)
     if gpu := on_gpu(options.device, options.engine):
         return gpu, converted, True
-    if kept := selection.known(converted, options.engine, options.reviews):
+    if kept := selection.known(converted, options.engine, options.reviews, options.threads):
         return kept, converted, True
     if options.quick:
         return *selection.quick(folder, converted, options.engine), False

@@ -123,8 +123,19 @@ def test_a_choice_is_read_again_and_another_machine_measures_anew(folder, tmp_pa
     kept = conversion.read_choice(tmp_path, "onnxruntime")
     assert (kept.engine, kept.precision, kept.why) == (choice.engine, choice.precision, choice.why)
     assert conversion.read_choice(tmp_path, "auto") is None
-    monkeypatch.setattr(conversion, "machine", lambda: {"cpu": "another"})
+    monkeypatch.setattr(conversion, "machine", lambda _: {"cpu": "another"})
     assert conversion.read_choice(tmp_path, "onnxruntime") is None
+
+
+def test_for_another_number_of_threads_an_engine_is_chosen_anew_and_both_choices_stay(classifier, tmp_path):
+    others, all_of_them = engines.cores() + 1, engines.cores()
+    conversion.convert(classifier, tmp_path, "openvino", "fp32", [])
+    conversion.write_choice(tmp_path, "auto", Choice("openvino", "fp32", why="todos"))
+    assert selection.known(tmp_path, "auto", threads=others) is None
+    conversion.convert(classifier, tmp_path, "onnxruntime", "fp32", [])
+    conversion.write_choice(tmp_path, "auto", Choice("onnxruntime", "fp32", why="outros"), others)
+    assert selection.known(tmp_path, "auto", threads=others).why == "outros"
+    assert selection.known(tmp_path, "auto", threads=all_of_them).why == selection.known(tmp_path, "auto").why == "todos"
 
 
 def test_a_choice_whose_graph_is_gone_or_whose_file_is_broken_is_none(folder, tmp_path):
