@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from sentiment.engines import cores
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "model.checkpoint": None,
@@ -36,15 +38,14 @@ OUTSIDE = ("GIT_", "DVC_", "XDG_")  # variables of the user that would reach int
 
 def pytest_xdist_auto_num_workers():
     """Half as many processes again as cores, six at most: many of the tests wait for what they have started."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(6, cores + cores // 2)
+    return min(6, cores() + cores() // 2)
 
 
 def pytest_configure():
     """Give each of several processes cores of its own, as far as there are: they, and what they start, would fight over them."""
     if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
+        own = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, own[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or own)
 
 
 def pytest_collection_modifyitems(items):

@@ -170,7 +170,7 @@ def test_a_versions_test_reviews_come_with_label_and_prediction(trained_project,
 @pytest.mark.slow
 def test_two_experiments_are_averaged_evaluated_and_judged_like_one_model(trained):
     trained.run("dvc", "exp", "run", "--name", "outra", "--set-param", "train.seed=7", "train")
-    trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]", "promote")
+    trained.run("dvc", "exp", "run", "--set-param", "train.ensemble=[v1.0.0,outra]")
     metadata = read_json(trained.path / "models/sentiment/metadata.json")
     assert [each["model"] for each in metadata["members"]] == ["v1.0.0", "outra"]
     assert ensemble.is_ensemble(trained.path / "models/sentiment")
