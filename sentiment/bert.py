@@ -43,6 +43,13 @@ class Bert(nn.Module):
         self.classifier: Any = getattr(model, "classifier", None)  # a language model has none
         self.dropout = getattr(model, "dropout", nn.Dropout(0.0))
 
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile what a layer does after its attention, once for all layers: what is many small kernels else.
+
+        The products before and the attention itself are kernels of their own either way.
+        """
+        self.feed_forward = torch.compile(self.feed_forward, dynamic=True)  # type: ignore[method-assign]
+
     def logits(self, layout: Layout) -> torch.Tensor:
         """The logits of the reviews: [reviews, classes]."""
         hidden = self.encode(layout, layout.first, layout.attend_first)

@@ -153,6 +153,10 @@ class MaskedModel(nn.Module):
             losses.append(self.from_first(logits[count:], layout, places, counted))
         return torch.stack(losses)
 
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile what a layer of the model does after its attention."""
+        self.reader.compile()
+
     def from_first(self, logits: torch.Tensor, layout: Layout, places: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of the tokens at `places` that are counted, by the logits [texts, vocabulary] of their text."""
         begins = torch.zeros_like(layout.input_ids).index_fill_(0, layout.first, 1)
@@ -189,6 +193,11 @@ class ReplacedTokens(nn.Module):
         counted = ~self.masking.special[input_ids]
         detection = functional.binary_cross_entropy_with_logits(found, (shown != input_ids).float(), reduction="none")
         return torch.stack([functional.cross_entropy(logits, input_ids[places]), (detection * counted).sum() / counted.sum()])
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile what a layer of the model and of its generator does after its attention."""
+        self.reader.compile()
+        self.generator.compile()
 
 
 class Holder(nn.Module):
