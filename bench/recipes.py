@@ -7,6 +7,7 @@ padded to a multiple of 8, bf16, fused AdamW. A large model on a CPU takes them 
 begins with, are more than 24 GB in fp32.
 `ours`: sentiment.training, with its line in the log every 20 steps.
 `whole`: ours, but with the last layer computed for all tokens, of which the classifier reads the first of each review.
+`compiled`: ours with train.compile.
 
 A recipe is a generator: it yields after every step the reviews, the tokens and the tokens with padding of that step.
 """
@@ -32,6 +33,7 @@ from sentiment.metrics import score
 
 LONGEST = 512
 SORTED = 1600  # reviews: fifty batches of 32
+EPOCHS = 100  # of a timed run, which ends before
 LR = {"small": 5e-4, "large": 3e-5}  # by whether the model has fewer or more than 30 million parameters
 log = logging.getLogger("sentiment.bench")
 
@@ -60,8 +62,10 @@ class Run:
     warm_up = 3
     first_only = False  # whether the last layer is computed for the first token of each review alone
 
-    def __init__(self, data: Data, device: torch.device, batch_tokens: int, compiled: bool = False) -> None:
-        self.data, self.device, self.batch_tokens, self.compiled = data, device, batch_tokens, compiled
+    compiled = False
+
+    def __init__(self, data: Data, device: torch.device, batch_tokens: int) -> None:
+        self.data, self.device, self.batch_tokens = data, device, batch_tokens
         self.tokenizer = tokens.load_tokenizer(data.model, LONGEST)
         seed(0)
         self.model = AutoModelForSequenceClassification.from_pretrained(data.model, local_files_only=True).to(device)
@@ -217,6 +221,12 @@ class Ours(Run):
         """What is other than in the project."""
 
 
+class Compiled(Ours):
+    """Ours, with train.compile."""
+
+    compiled, warm_up = True, 20
+
+
 class Whole(Ours):
     """Ours, with the last layer for all tokens."""
 
@@ -228,7 +238,13 @@ class Whole(Ours):
         module.encode = lambda layout, wanted, _: encode(layout)[wanted]
 
 
-RECIPES: dict[str, type[Run]] = {"original": Original, "trainer": Trainer, "whole": Whole, "ours": Ours}
+RECIPES: dict[str, type[Run]] = {
+    "original": Original,
+    "trainer": Trainer,
+    "whole": Whole,
+    "ours": Ours,
+    "compiled": Compiled,
+}
 
 
 def timed(run: Run, seconds: float) -> dict[str, Any]:
@@ -241,7 +257,7 @@ def timed(run: Run, seconds: float) -> dict[str, Any]:
     counted: list[Step] = []
     start, reviews = 0.0, 0
     fewest = 0 if isinstance(run, Original) else min(len(run.data.texts), SORTED)
-    for number, step in enumerate(run.steps(epochs=1000)):
+    for number, step in enumerate(run.steps(epochs=EPOCHS)):
         if number < run.warm_up:
             start = now(run.device)
             continue
@@ -253,6 +269,8 @@ def timed(run: Run, seconds: float) -> dict[str, Any]:
             took = now(run.device) - start
             if took >= seconds:
                 break
+    else:
+        took = now(run.device) - start
     lengths = np.concatenate([step.lengths for step in counted])
     peak = peak_flops(run.device, "fp32" if isinstance(run, Original) else native_precision(run.device.type))
     return {

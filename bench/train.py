@@ -31,7 +31,14 @@ from sentiment.errors import DataError, ProjectError
 from sentiment.files import atomic, read_json, write_json
 from sentiment.logs import run_stage
 
-NAMES = {"original": "original", "trainer": "Trainer", "whole": "ours, the whole last layer", "ours": "ours"}
+NAMES = {
+    "original": "original",
+    "trainer": "Trainer",
+    "whole": "ours, the whole last layer",
+    "ours": "ours",
+    "compiled": "ours, compiled",
+}
+DEFAULT = {"cpu": ["original", "trainer", "whole", "ours"], "cuda": list(NAMES)}  # compiled is as fast on a CPU
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 SHAPE = "shape:"
 BUDGETS = {"cpu": 2048, "cuda": 16_384}  # tokens in a batch of ours
@@ -72,16 +79,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     made.add_argument("--held-out", type=int, default=2_000, metavar="N", help="reviews for --until-f1 (default: 2000)")
     made.add_argument("--device", choices=list(BUDGETS), default="cpu")
     made.add_argument("--batch-tokens", type=int, metavar="N", help="of ours (default: 2048 on a CPU, 16384 on CUDA)")
-    made.add_argument("--compile", action="store_true", help="ours with train.compile")
     made.add_argument("--seconds", type=float, default=30, metavar="N", help="that each recipe is timed (default: 30)")
     made.add_argument("--until-f1", type=float, metavar="F1", help="train each recipe anew until this macro-F1")
     made.add_argument("--limit", type=float, default=600, metavar="S", help="seconds of training for --until-f1 (default: 600)")
     made.add_argument("--epochs", type=int, default=2, metavar="N", help="that the learning rate of --until-f1 is planned for")
-    made.add_argument("--recipes", nargs="+", choices=list(NAMES), default=list(NAMES), metavar="NAME")
+    made.add_argument("--recipes", nargs="+", choices=list(NAMES), metavar="NAME", help="default: all; on a CPU all but compiled")
     made.add_argument("--output", type=Path, default=Path("bench/train.md"), help="default: bench/train.md")
     made.add_argument("--run", help=argparse.SUPPRESS)
     made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return made.parse_args(arguments)
+    options = made.parse_args(arguments)
+    options.recipes = options.recipes or DEFAULT[options.device]
+    return options
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> int:
@@ -145,9 +153,9 @@ def measure(options: argparse.Namespace) -> None:
     data = recipes.Data(options.folder / "model", list(texts), np.array(labels), list(held_out), np.array(truth), found["names"])
     device, budget = torch.device(options.device), options.batch_tokens or BUDGETS[options.device]
     recipe = recipes.RECIPES[options.run]
-    numbers = recipes.timed(recipe(data, device, budget, options.compile), options.seconds)
+    numbers = recipes.timed(recipe(data, device, budget), options.seconds)
     if options.until_f1:
-        run = recipe(data, device, budget, options.compile)
+        run = recipe(data, device, budget)
         numbers |= recipes.until(run, options.until_f1, len(texts) // 10, options.limit, options.epochs)
     print(json.dumps(numbers), flush=True)
     os._exit(0)  # the Trainer's thread waits for ever
@@ -175,8 +183,7 @@ def heading(options: argparse.Namespace, reviews: int) -> str:
             f"- each recipe timed for at least {options.seconds:g} s after some steps of warming up, Trainer and ours over 1600 "
             "reviews or all; memory: the most that was taken"
         ),
-        f"- ours: batches of up to {options.batch_tokens or BUDGETS[options.device]} tokens"
-        + (", compiled" if options.compile else ""),
+        f"- ours: batches of up to {options.batch_tokens or BUDGETS[options.device]} tokens",
     ]
     return "# Training beside the usual ways\n\n" + "\n".join(lines) + "\n\n"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from sentiment import pretraining, pretraining_models, pretraining_params
 from sentiment.classifier import pick_device
@@ -51,7 +51,7 @@ def main() -> None:
         )  # fmt: skip
         result = loop.run()
     if state.is_main_process:
-        save(model, module, feeds[1], settings, result, started)
+        save(model, module, feeds[1], settings, result, started, ready[0])
         remove(CHECKPOINT)
     state.wait_for_everyone()
 
@@ -64,14 +64,17 @@ def fingerprint(settings: pretraining_params.Params) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def save(model: Any, module: Any, held_out: Any, settings: Any, result: pretraining.Result, started: datetime) -> None:
+def save(
+    model: Any, module: Any, held_out: Any, settings: Any, result: pretraining.Result, started: datetime, accelerator: Accelerator
+) -> None:
     """Write the checkpoint in the Hub's layout, whole or not at all, and the run's result."""
     module.eval()
     reader, head = pretraining_models.language_model(module)
     budget = max(settings.train.batch_tokens, settings.tokens.max_length)
-    perplexity = pretraining.pseudo_perplexity(
-        reader, head, held_out, module.masking.mask_id, settings.train.perplexity_texts, budget
-    )
+    with accelerator.autocast():
+        perplexity = pretraining.pseudo_perplexity(
+            reader, head, held_out, module.masking.mask_id, settings.train.perplexity_texts, budget
+        )
     found = {
         "tokens_seen": result.tokens,
         "seconds": round(result.seconds, 1),

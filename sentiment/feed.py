@@ -14,7 +14,16 @@ from sentiment.tokens import LENGTH_STEP, Tokens
 
 PACKED_STEP = 128  # tokens that a packed batch is padded to a multiple of: with a full budget, one shape
 ROOM = 0.1  # of the device's free memory that tokens may take
+IGNORED = -100  # the label of a place without a review, as torch's cross_entropy takes it
 Inputs = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """What packed batches of the same shape have: tokens, places for reviews, and the most tokens of a review or of padding."""
+
+    tokens: int
+    reviews: int
+    longest: int
 
 
 class Batch(NamedTuple):
@@ -58,20 +67,31 @@ class Feed:
             return round_up(int(lengths.sum()), self.step)
         return len(rows) * round_up(int(lengths.max()), self.step)
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def shape(self, budget: int, plan: list[np.ndarray]) -> Shape:
+        """The shape of most packed batches of a plan that was made for `budget` tokens."""
+        reviews = round_up(max(map(len, plan)), PACKED_STEP)
+        return Shape(round_up(budget, self.step), reviews, round_up(int(self.lengths.max()) + self.step, PACKED_STEP))
+
+    def has_shape(self, rows: np.ndarray, shape: Shape) -> bool:
+        """Whether these reviews can be packed in that shape: all but the last ones of an epoch, as a rule."""
+        return len(rows) <= shape.reviews and 0 <= shape.tokens - int(self.lengths[rows].sum()) <= shape.longest
+
+    def batch(self, rows: np.ndarray, shape: Shape | None = None) -> Batch:
         """These reviews on the device.
 
         Packed: input_ids and positions int64 [tokens], bounds int32 [reviews + 2] (where each review begins; what is after the
-        last one is padding), first int64 [reviews], longest: the most tokens between two bounds. Else: input_ids and
-        attention_mask int64 [reviews, width].
+        last one is padding), first int64 [reviews], longest: the most tokens between two bounds. With a shape there are more
+        places than reviews: reviews of no tokens, labelled IGNORED. Else: input_ids and attention_mask int64 [reviews, width].
         """
         chosen = torch.from_numpy(rows).to(self.starts.device, non_blocking=True)
-        inputs = self.pack(rows, chosen) if self.packed else self.pad(rows, chosen)
+        inputs = self.pack(rows, chosen, shape) if self.packed else self.pad(rows, chosen)
         moved = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
-        return Batch(moved, self.labels[chosen].to(self.device, non_blocking=True))
+        labels = self.labels[chosen].to(self.device, non_blocking=True)
+        missing = shape.reviews - len(rows) if shape else 0
+        return Batch(moved, torch.nn.functional.pad(labels, (0, missing), value=IGNORED) if missing else labels)
 
     def pad(self, rows: np.ndarray, chosen: torch.Tensor) -> Inputs:
         """Padded rows."""
@@ -81,23 +101,27 @@ class Feed:
         ids = self.token_ids((self.starts[chosen, None] + place).clamp_(max=len(self.ids) - 1))
         return {"input_ids": torch.where(mask, ids, self.pad_id), "attention_mask": mask.long()}
 
-    def pack(self, rows: np.ndarray, chosen: torch.Tensor) -> Inputs:
+    def pack(self, rows: np.ndarray, chosen: torch.Tensor, shape: Shape | None) -> Inputs:
         """Reviews one behind the other, then padding: a review of its own."""
-        total = int(self.lengths[rows].sum())
-        padding = round_up(total, self.step) - total
+        number, total = len(rows), int(self.lengths[rows].sum())
+        width, places = (shape.tokens, shape.reviews) if shape else (round_up(total, self.step), number)
+        padding = width - total
         sizes = self.sizes[chosen]
-        bounds = torch.zeros(len(rows) + 2, dtype=torch.int64, device=chosen.device)
-        torch.cumsum(sizes, 0, out=bounds[1:-1])
-        bounds[-1] = total + padding
-        of = torch.repeat_interleave(torch.arange(len(rows), device=chosen.device), sizes, output_size=total)
+        bounds = torch.full((places + 2,), total, dtype=torch.int64, device=chosen.device)
+        bounds[0], bounds[-1] = 0, width
+        torch.cumsum(sizes, 0, out=bounds[1 : number + 1])
+        first = torch.zeros(places, dtype=torch.int64, device=chosen.device)
+        first[:number] = bounds[:number]
+        of = torch.repeat_interleave(torch.arange(number, device=chosen.device), sizes, output_size=total)
         positions = torch.arange(total, device=chosen.device) - bounds[of]
         ids = self.token_ids(self.starts[chosen][of] + positions)
+        longest = shape.longest if shape else round_up(max(int(self.lengths[rows].max()), padding), PACKED_STEP)
         return {
             "input_ids": torch.nn.functional.pad(ids, (0, padding), value=self.pad_id),
             "positions": torch.nn.functional.pad(positions, (0, padding)),
             "bounds": bounds.int(),
-            "first": bounds[:-2],
-            "longest": round_up(max(int(self.lengths[rows].max()), padding), PACKED_STEP),
+            "first": first,
+            "longest": longest,
         }
 
     def token_ids(self, places: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from sentiment.classifier import pick_device
 from sentiment.devices import keep_freed_memory, native_precision, peak_flops, step_flops
 from sentiment.errors import TrainingError
-from sentiment.feed import Feed
+from sentiment.feed import Feed, Inputs, Shape
 from sentiment.files import read_json, remove, write_json
 from sentiment.params import Steps
+from sentiment.replay import Replay
 
 log = logging.getLogger(__name__)
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once, as it should
@@ -167,8 +169,36 @@ class Loop(ABC):
         """What some rows count in the mean that is the loss of a step."""
 
     @abstractmethod
+    def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
+        """What the loss of some rows is computed from, in a shape if one is given."""
+
+    @abstractmethod
+    def loss_of(self, inputs: Inputs) -> torch.Tensor:
+        """The loss of some rows times their weight, in nats; nothing in it waits for the device."""
+
     def loss(self, rows: np.ndarray) -> torch.Tensor:
         """The loss of some rows times their weight, in nats."""
+        return self.loss_of(self.inputs(rows))
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """The shape in which batches are replayed; None: they are not."""
+        replays = self.settings.cuda_graphs and self.device.type == "cuda" and self.feed.packed and self.precision == "bf16"
+        if not replays or self.accelerator.num_processes > 1:
+            return None
+        plan = [rows for micro_batches in epoch_batches(self.feed, 0, self.settings) for rows in micro_batches]
+        return self.feed.shape(self.settings.batch_tokens, plan)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Forward and backward of a batch of that shape, recorded with the first one."""
+        plan = (rows for micro_batches in epoch_batches(self.feed, 0, self.settings) for rows in micro_batches)
+        rows = next(rows for rows in plan if self.replays(rows))
+        return Replay(self.loss_of, self.accelerator.backward, list(self.module.parameters()), self.inputs(rows, self.shape))
+
+    def replays(self, rows: np.ndarray) -> bool:
+        """Whether the gradients of these rows come from a recording."""
+        return self.shape is not None and self.feed.has_shape(rows, self.shape)
 
     @abstractmethod
     def wanted(self, lengths: np.ndarray) -> float | None:
@@ -181,6 +211,10 @@ class Loop(ABC):
     def parameter_groups(self, module: torch.nn.Module) -> list[dict[str, Any]]:
         """What the optimizer is told of the parameters."""
         return parameter_groups(module, self.settings.weight_decay)
+
+    def not_compiled(self) -> AbstractContextManager[None]:
+        """What is done so few times that compiling it anew, without gradients, would take longer."""
+        return torch.compiler.set_stance("force_eager") if self.settings.compile else contextlib.nullcontext()
 
     def is_last(self) -> bool:
         """Whether the epoch that ended is the last one."""
@@ -210,7 +244,8 @@ class Loop(ABC):
                 log.warning("stopped with a checkpoint at step %d; `dvc repro` goes on from there", progress.step)
                 raise KeyboardInterrupt
         start = self.count_time(start)
-        self.validate(len(steps))
+        with self.not_compiled():
+            self.validate(len(steps))
         self.count_time(start)
         progress.history[-1]["seconds"] = progress.epoch_seconds
         log.info("epoch %d: %.1f s", progress.epoch + 1, progress.epoch_seconds)
@@ -246,6 +281,11 @@ class Loop(ABC):
         total = self.step_weight
         loss = torch.zeros((), device=self.device)
         for index, rows in enumerate(micro_batches):
+            if self.replays(rows):
+                loss += self.replay(self.inputs(rows, self.shape), 1 / total)
+                continue
+            if "replay" in vars(self):
+                self.replay.begin()
             mine = rows[rank::world]
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):

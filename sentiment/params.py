@@ -115,6 +115,7 @@ class Steps(Section):
     batch_tokens: Count
     batching: Literal["auto", "packed", "padded"]
     compile: bool
+    cuda_graphs: bool
     accumulation: Count
     lr: Annotated[float, Field(gt=0, le=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]

@@ -13,6 +13,7 @@ reads then holds what the text is for.
 import logging
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ from sentiment import pretraining_params as params
 from sentiment.bert import Layout, PaddedBert, VarlenBert
 from sentiment.devices import describe
 from sentiment.errors import CheckpointError
-from sentiment.feed import Feed
-from sentiment.loop import LogMetrics, Loop
+from sentiment.feed import Feed, Inputs, Shape
+from sentiment.loop import LogMetrics, Loop, epoch_batches
 from sentiment.tokens import Tokens
 
 DETECTION_WEIGHT = 50.0  # of the loss of telling replaced tokens, beside the generator's (Clark et al. 2020, table 6)
@@ -278,14 +279,29 @@ class Pretraining(Loop):
         """The hidden tokens, if nothing is asked of the others."""
         return self.settings.mask * float((lengths - 2).sum()) if isinstance(self.module, MaskedModel) else None
 
-    def loss(self, rows: np.ndarray) -> torch.Tensor:
-        """The weighted sum of the objective's losses, times the weight of the rows."""
-        return (self.losses(self.model, self.feed, rows) * self.loss_weights).sum() * self.weight(rows)
+    def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
+        """Some texts, how many of their tokens are hidden, and their weight.
+
+        In a shape the number of hidden tokens is the same for all, that of the first batch: a thousandth more or less.
+        """
+        weight = self.weight(rows)
+        hidden = self.hidden_in_shape if shape else hidden_count(self.settings.mask, weight)
+        return self.feed.batch(rows, shape).inputs | {"count": hidden, "weight": torch.full((), weight, device=self.device)}
+
+    @cached_property
+    def hidden_in_shape(self) -> int:
+        """How many tokens are hidden in a batch that is replayed."""
+        first = epoch_batches(self.feed, 0, self.settings)[0][0]
+        return hidden_count(self.settings.mask, self.weight(first))
+
+    def loss_of(self, inputs: Inputs) -> torch.Tensor:
+        """The weighted sum of the objective's losses, times the weight of the texts."""
+        texts = {name: value for name, value in inputs.items() if name != "weight"}
+        return (self.model(**texts) * self.loss_weights).sum() * inputs["weight"]
 
     def losses(self, module: Any, feed: Feed, rows: np.ndarray) -> torch.Tensor:
         """Each loss of the objective on a batch: [losses]."""
-        count = max(1, round(self.settings.mask * maskable(feed, rows)))
-        return module(count=count, **feed.batch(rows).inputs)
+        return module(count=hidden_count(self.settings.mask, maskable(feed, rows)), **feed.batch(rows).inputs)
 
     def validate(self, steps: int) -> None:
         """The losses on held-out texts, the same words hidden each time."""
@@ -304,6 +320,11 @@ class Pretraining(Loop):
         self.point({f"held_out/{name}": value for name, value in values.items()})
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
         log.info("epoch %d/%d  %d tokens seen  held out: %s", row["epoch"], self.settings.epochs, progress.tokens, shown)
+
+
+def hidden_count(share: float, tokens: float) -> int:
+    """How many of so many tokens are hidden."""
+    return max(1, round(share * tokens))
 
 
 def maskable(feed: Feed, rows: np.ndarray) -> float:

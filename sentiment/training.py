@@ -27,7 +27,7 @@ from sentiment.calibration import probabilities
 from sentiment.classifier import logits
 from sentiment.devices import describe
 from sentiment.errors import TrainingError
-from sentiment.feed import Feed, forward
+from sentiment.feed import Feed, Inputs, Shape, forward
 from sentiment.files import atomic, sha256
 from sentiment.loop import LogMetrics, Loop, Progress, accelerator_for, parameter_groups
 from sentiment.params import Params, Train
@@ -140,11 +140,16 @@ class FineTuning(Loop):
         """One token a review, if the forward is this project's."""
         return float(len(lengths)) if can_pack(self.base) else None
 
-    def loss(self, rows: np.ndarray) -> torch.Tensor:
+    def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
+        """Some reviews and their labels."""
+        batch = self.feed.batch(rows, shape)
+        return batch.inputs | {"labels": batch.labels}
+
+    def loss_of(self, inputs: Inputs) -> torch.Tensor:
         """The weighted sum of the cross-entropies of some reviews."""
-        batch = self.feed.batch(rows)
-        outputs = forward(self.model, batch.inputs).float()
-        return cross_entropy(outputs, batch.labels, self.weights, reduction="sum", label_smoothing=self.settings.label_smoothing)
+        reviews = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs, labels = forward(self.model, reviews).float(), inputs["labels"]
+        return cross_entropy(outputs, labels, self.weights, reduction="sum", label_smoothing=self.settings.label_smoothing)
 
     def add_more_gradients(self, micro_batches: list[np.ndarray]) -> None:
         """Add the gradients at token embeddings that are `train.adversarial` away, where the loss rises fastest.

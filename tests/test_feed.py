@@ -207,7 +207,7 @@ def test_on_cuda_a_packed_step_has_gradients_as_close_to_float64_as_a_padded_one
         bert.zero_grad()
         batch = feed.batch(order)
         torch.nn.functional.cross_entropy(forward(module, batch.inputs).float(), batch.labels).backward()
-        return {name: parameter.grad.double().cpu() for name, parameter in bert.named_parameters()}
+        return {name: parameter.grad.double().cpu().clone() for name, parameter in bert.named_parameters()}  # .to moves it, too
 
     exact = gradients(bert.double(), Feed(made, CPU, 0, False))
     model = bert.float().to(device)
