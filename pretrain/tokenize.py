@@ -6,6 +6,7 @@ Run:  python -m pretrain.tokenize
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,15 +31,15 @@ class Texts:
         self.path = path
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in self.chunks():
-            yield from chunk
+        for texts, repeats in self.chunks():
+            for text, repeat in zip(texts, repeats.tolist(), strict=True):
+                yield from [text] * repeat
 
-    def chunks(self) -> Iterator[list[str]]:
-        """The texts, some thousands at a time."""
+    def chunks(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """The texts once, some thousands at a time, and how often each is seen."""
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
             for batch in file.iter_batches(tokens.CHUNK):
-                texts, repeats = batch.column("text").to_pylist(), batch.column("repeat").to_pylist()
-                yield [text for text, repeat in zip(texts, repeats, strict=True) for _ in range(repeat)]
+                yield batch.column("text").to_pylist(), batch.column("repeat").to_numpy()
 
 
 def main() -> None:
@@ -55,9 +56,17 @@ def main() -> None:
 def write(texts: Texts, target: Path, tokenizer: Tokenizer) -> dict[str, float]:
     """Encode texts into a file of tokens (its labels are all 0); returns what there is in it."""
     number = total = cut = unknown = 0
+    repeats = deque[np.ndarray]()
+
+    def once() -> Iterator[list[str]]:
+        for chunk, often in texts.chunks():
+            repeats.append(often)
+            yield chunk
+
     longest, unknown_id = (tokenizer.truncation or {})["max_length"], tokenizer.token_to_id("[UNK]")
     with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
-        for input_ids, lengths in tokens.encode_chunks(tokenizer, texts.chunks()):
+        for encoded in tokens.encode_chunks(tokenizer, once()):
+            input_ids, lengths = repeated(*encoded, repeats.popleft())
             file.add(input_ids, lengths, np.zeros(len(lengths), np.int16))
             number, total = number + len(lengths), total + len(input_ids)
             cut, unknown = cut + int((lengths == longest).sum()), unknown + int((input_ids == unknown_id).sum())
@@ -67,6 +76,13 @@ def write(texts: Texts, target: Path, tokenizer: Tokenizer) -> dict[str, float]:
         "truncated_share": round(cut / max(1, number), 6),
         "unknown_share": round(unknown / max(1, total), 6),
     }
+
+
+def repeated(input_ids: np.ndarray, lengths: np.ndarray, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids of texts that lie one behind the other, each text as often as it says, and the lengths of all."""
+    starts, sizes = np.repeat(lengths.cumsum() - lengths, repeats), np.repeat(lengths, repeats)
+    place = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return input_ids[np.repeat(starts, sizes) + place], sizes
 
 
 if __name__ == "__main__":

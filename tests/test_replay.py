@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from sentiment.feed import IGNORED
 from sentiment.replay import Replay
@@ -55,6 +56,14 @@ def shaped(loop):
     parameters = list(loop.module.parameters())
     vars(loop)["replay"] = Recomputed(loop.loss_of, loop.accelerator.backward, parameters, loop.inputs(rows, shape))
     return loop
+
+
+@pytest.fixture(autouse=True)
+def another_precision():
+    """Accelerate keeps the precision of a process: these tests have one of their own."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)
