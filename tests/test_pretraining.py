@@ -23,6 +23,8 @@ from sentiment.params import Model
 TINY = {"vocab_size": 300, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}
 WORDS = ["adorei", "bom", "excelente", "gostei", "péssimo", "quebrado"]
 QUICK = {
+    "sentiment_weight": 0.0,
+    "dropout": 0.0,
     "device": "cpu",
     "precision": "fp32",
     "epochs": 3,
