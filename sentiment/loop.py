@@ -186,15 +186,22 @@ class Loop(ABC):
         replays = self.settings.cuda_graphs and self.device.type == "cuda" and self.feed.packed and self.precision == "bf16"
         if not replays or self.accelerator.num_processes > 1:
             return None
-        plan = [rows for micro_batches in epoch_batches(self.feed, 0, self.settings) for rows in micro_batches]
-        return self.feed.shape(self.settings.batch_tokens, plan)
+        shape = self.feed.shape(self.settings.batch_tokens, self.first_plan)
+        return shape if any(self.feed.has_shape(rows, shape) for rows in self.first_plan) else None
+
+    @property
+    def first_plan(self) -> list[np.ndarray]:
+        """The batches of the first epoch."""
+        return [rows for micro_batches in epoch_batches(self.feed, 0, self.settings) for rows in micro_batches]
 
     @cached_property
     def replay(self) -> Replay:
-        """Forward and backward of a batch of that shape, recorded with the first one."""
-        plan = (rows for micro_batches in epoch_batches(self.feed, 0, self.settings) for rows in micro_batches)
-        rows = next(rows for rows in plan if self.replays(rows))
-        return Replay(self.loss_of, self.accelerator.backward, list(self.module.parameters()), self.inputs(rows, self.shape))
+        """Forward and backward of a batch of that shape, recorded with the first one; raises TrainingError if that fails."""
+        inputs = self.inputs(next(rows for rows in self.first_plan if self.replays(rows)), self.shape)
+        try:
+            return Replay(self.loss_of, self.accelerator.backward, list(self.module.parameters()), inputs)
+        except RuntimeError as error:
+            raise TrainingError(f"a step could not be recorded ({error}); set train.cuda_graphs to false") from error
 
     def replays(self, rows: np.ndarray) -> bool:
         """Whether the gradients of these rows come from a recording."""
@@ -280,12 +287,13 @@ class Loop(ABC):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         total = self.step_weight
         loss = torch.zeros((), device=self.device)
+        replay = self.replay if self.shape else None  # recorded before there are gradients
         for index, rows in enumerate(micro_batches):
-            if self.replays(rows):
-                loss += self.replay(self.inputs(rows, self.shape), 1 / total)
+            if replay and self.replays(rows):
+                loss += replay(self.inputs(rows, self.shape), 1 / total)
                 continue
-            if "replay" in vars(self):
-                self.replay.begin()
+            if replay:
+                replay.begin()
             mine = rows[rank::world]
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
