@@ -211,11 +211,14 @@ class Ours(Run):
         )  # fmt: skip
         self.change(loop.module)
         loop.model.train()
-        for epoch in range(epochs):
-            for micro_batches in epoch_batches(loop.feed, epoch, loop.settings):
-                loop.train_step(micro_batches)
-                yield Step(loop.feed.lengths[np.concatenate(micro_batches)], loop.computed(micro_batches))
-            loop.model.train()
+        try:
+            for epoch in range(epochs):
+                for micro_batches in epoch_batches(loop.feed, epoch, loop.settings):
+                    loop.train_step(micro_batches)
+                    yield Step(loop.feed.lengths[np.concatenate(micro_batches)], loop.computed(micro_batches))
+                loop.model.train()
+        finally:
+            loop.forget_recording()
 
     def change(self, module: Any) -> None:
         """What is other than in the project."""
@@ -311,5 +314,5 @@ def memory(device: torch.device) -> float:
     import resource
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_reserved(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -51,7 +51,8 @@ def main() -> None:
         )  # fmt: skip
         result = loop.run()
     if state.is_main_process:
-        save(model, module, feeds[1], settings, result, started, ready[0])
+        with loop.not_compiled():
+            save(model, module, feeds[1], settings, result, started, ready[0])
         remove(CHECKPOINT)
     state.wait_for_everyone()
 

@@ -187,7 +187,7 @@ class Loop(ABC):
         if not replays or self.accelerator.num_processes > 1:
             return None
         shape = self.feed.shape(self.settings.batch_tokens, self.first_plan)
-        return shape if any(self.feed.has_shape(rows, shape) for rows in self.first_plan) else None
+        return shape if any(self.fits(rows, shape) for rows in self.first_plan) else None
 
     @property
     def first_plan(self) -> list[np.ndarray]:
@@ -198,14 +198,28 @@ class Loop(ABC):
     def replay(self) -> Replay:
         """Forward and backward of a batch of that shape, recorded with the first one; raises TrainingError if that fails."""
         inputs = self.inputs(next(rows for rows in self.first_plan if self.replays(rows)), self.shape)
+        replay = Replay(self.loss_of, self.accelerator.backward, list(self.module.parameters()), inputs)
+        replay.warm_up()
         try:
-            return Replay(self.loss_of, self.accelerator.backward, list(self.module.parameters()), inputs)
+            return replay.record()
         except RuntimeError as error:
             raise TrainingError(f"a step could not be recorded ({error}); set train.cuda_graphs to false") from error
 
+    def forget_recording(self) -> None:
+        """Give back the memory of what was recorded, and the gradients, which lie in it."""
+        if replay := vars(self).pop("replay", None):
+            replay.drop_gradients()
+            del replay
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def fits(self, rows: np.ndarray, shape: Shape) -> bool:
+        """Whether rows can be computed in a shape."""
+        return self.feed.has_shape(rows, shape)
+
     def replays(self, rows: np.ndarray) -> bool:
         """Whether the gradients of these rows come from a recording."""
-        return self.shape is not None and self.feed.has_shape(rows, self.shape)
+        return self.shape is not None and self.fits(rows, self.shape)
 
     @abstractmethod
     def wanted(self, lengths: np.ndarray) -> float | None:
@@ -231,8 +245,11 @@ class Loop(ABC):
         """Take up where a run was interrupted, if one was, and train to the end, or to the last epoch worth it."""
         self.resume()
         with self.stop_at_a_step(), self.bar() as bar:
-            while not self.progress.finished:
-                self.epoch(bar)
+            try:
+                while not self.progress.finished:
+                    self.epoch(bar)
+            finally:
+                self.forget_recording()
 
     def epoch(self, bar: tqdm) -> None:
         """Train on what is left of the current epoch, then validate."""
@@ -308,7 +325,11 @@ class Loop(ABC):
     def computed(self, micro_batches: list[np.ndarray]) -> int:
         """Tokens that a step is computed on by all processes, padding included."""
         world = self.accelerator.num_processes
-        return sum(self.feed.computed(rows[k::world]) for rows in micro_batches for k in range(min(world, len(rows))))
+        recorded = sum(self.replays(rows) for rows in micro_batches)
+        others = [rows for rows in micro_batches if not self.replays(rows)]
+        return recorded * (self.shape.tokens if self.shape else 0) + sum(
+            self.feed.computed(rows[k::world]) for rows in others for k in range(min(world, len(rows)))
+        )
 
     def report(self) -> None:
         """Log the last steps: loss, learning rate, tokens/s, share of padding and of the device's peak."""

@@ -28,12 +28,13 @@ from sentiment.bert import Layout, PaddedBert, VarlenBert
 from sentiment.devices import describe
 from sentiment.errors import CheckpointError
 from sentiment.feed import Feed, Inputs, Shape
-from sentiment.loop import LogMetrics, Loop, epoch_batches
+from sentiment.loop import LogMetrics, Loop
 from sentiment.tokens import Tokens
 
 DETECTION_WEIGHT = 50.0  # of the loss of telling replaced tokens, beside the generator's (Clark et al. 2020, table 6)
 SHOWN_AS_IS, SHOWN_AS_ANOTHER = 0.1, 0.1  # shares of the hidden tokens that mlm does not show as [MASK] (Devlin et al. 2019)
 SENTIMENT_CHANCE = 0.2  # a word of sentiment is hidden before others whose drawn number is 5 times its own or more
+NEARLY = 0.02
 VALIDATION_TOKENS = 8192
 VALIDATION_SEED = 0
 log = logging.getLogger(__name__)
@@ -282,7 +283,7 @@ class Pretraining(Loop):
     def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
         """Some texts, how many of their tokens are hidden, and their weight.
 
-        In a shape the number of hidden tokens is the same for all, that of the first batch: a thousandth more or less.
+        In a shape the number of hidden tokens is the same for all (see `fits`).
         """
         weight = self.weight(rows)
         hidden = self.hidden_in_shape if shape else hidden_count(self.settings.mask, weight)
@@ -290,9 +291,13 @@ class Pretraining(Loop):
 
     @cached_property
     def hidden_in_shape(self) -> int:
-        """How many tokens are hidden in a batch that is replayed."""
-        first = epoch_batches(self.feed, 0, self.settings)[0][0]
-        return hidden_count(self.settings.mask, self.weight(first))
+        """How many tokens are hidden in a batch that is replayed: as many as in most."""
+        return int(np.median([hidden_count(self.settings.mask, self.weight(rows)) for rows in self.first_plan]))
+
+    def fits(self, rows: np.ndarray, shape: Shape) -> bool:
+        """Whether texts can be computed in a shape: their hidden tokens are a fiftieth more or less than in most batches."""
+        hidden = hidden_count(self.settings.mask, self.weight(rows))
+        return super().fits(rows, shape) and abs(hidden - self.hidden_in_shape) <= NEARLY * self.hidden_in_shape
 
     def loss_of(self, inputs: Inputs) -> torch.Tensor:
         """The weighted sum of the objective's losses, times the weight of the texts."""

@@ -4,8 +4,10 @@ A step of a small model is some hundred kernels of microseconds, and a process t
 to compute them. A recorded step is one launch; what it reads is copied to where it was when it was recorded.
 """
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 
@@ -26,19 +28,22 @@ class Replay:
         self.device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
         self.inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         self.scale = torch.ones((), device=self.device)
-        with torch.random.fork_rng([self.device.index or 0]):
-            self.warm_up()
+
+    def record(self) -> Self:
+        """Record both graphs; no random number is drawn by it."""
+        with torch.random.fork_rng([self.device.index or 0]), no_collection():
             self.drop_gradients()
-            self.setting, self.set_loss = self.record(None)
-            self.gradients = [parameter.grad for parameter in parameters]
-            self.adding, self.added_loss = self.record(self.setting.pool())
+            self.setting, self.set_loss = self.graph(None)
+            self.gradients = [parameter.grad for parameter in self.parameters]
+            self.adding, self.added_loss = self.graph(self.setting.pool())
         self.drop_gradients()
+        return self
 
     def warm_up(self) -> None:
-        """Compute some times on a stream of its own, as a recording needs it."""
+        """Compute some times on a stream of its own, as a recording needs it; no random number is drawn by it."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        with torch.random.fork_rng([self.device.index or 0]), torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self.compute()
                 self.drop_gradients()
@@ -50,7 +55,7 @@ class Replay:
         self.backward(loss)
         return loss.detach()
 
-    def record(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def graph(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """A graph of `compute`, and where it leaves the loss."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
@@ -63,8 +68,13 @@ class Replay:
             parameter.grad = None
 
     def begun(self) -> bool:
-        """Whether the parameters have gradients that are added to."""
-        return any(parameter.grad is not None for parameter in self.parameters)
+        """Whether the parameters have gradients that are added to; raises RuntimeError if some are not the graphs' own."""
+        found = [parameter.grad for parameter in self.parameters]
+        if all(each is None for each in found):
+            return False
+        if any(each is not gradient for each, gradient in zip(found, self.gradients, strict=True)):
+            raise RuntimeError("gradients that a recorded step would not add to; call Replay.begin before they are computed")
+        return True
 
     def begin(self) -> None:
         """Let the parameters have their gradients where the graphs leave them, all 0, for a batch that is not replayed."""
@@ -89,3 +99,16 @@ class Replay:
         self.setting.replay()
         self.attach()
         return self.set_loss.clone()
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection but one before: an older graph that is destroyed while one is recorded spoils the recording."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
