@@ -318,6 +318,25 @@ def no_dropout(model):
     model.config.attention_probs_dropout_prob = 0.0
 
 
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_compiling_is_for_what_a_layer_does_in_training(tmp_path, monkeypatch, batching):
+    calls = []
+
+    def compiled(function, **_):
+        return lambda *arguments: (calls.append(torch.is_grad_enabled()), function(*arguments))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    ends = []
+    for name, wanted in (("plain", False), ("compiled", True)):
+        loop, _ = loop_in(tmp_path / name, batching=batching, compile=wanted, epochs=1)
+        before = len(calls)
+        loop.run()
+        ends.append((weights(loop), len(calls) - before))
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][1] == 0
+    assert ends[1][1] >= loop.progress.step  # a layer each step
+
+
 def test_packed_batches_train_too_and_have_little_padding(tmp_path, caplog):
     loop, _ = loop_in(tmp_path, batching="packed", epochs=6)
     assert loop.feed.packed
