@@ -495,12 +495,18 @@ def test_a_search_that_is_killed_goes_on_in_dvc_s_queue_and_its_best_is_not_trai
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     done = ready.run(*command)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("tune-")]
-    assert log.read_text().count("is queued") == 2
-    assert {row[0]: row[1] for row in rows} == {"tune-0": "complete", "tune-1": "complete"}
+    lost = re.findall(
+        r"experiment (\S+) is lost", log.read_text()
+    )  # one that a worker of DVC's took as it ended: treeverse/dvc, 10673
+    kept = ["tune-0", "tune-2" if lost else "tune-1"]
+    assert lost in ([], ["tune-1"])
+    rows = [row for line in done.stdout.splitlines() if line.startswith("tune-") and (row := line.split())[0] not in lost]
+    assert log.read_text().count("is queued") == 2 + len(lost)
+    assert {row[0]: row[1] for row in rows} == dict.fromkeys(kept, "complete")
     assert rows[0][2] > rows[1][2] > "0.4"
     found = shown(ready)
-    assert {name: each.state for name, each in found.items()} == {"tune-0": "success", "tune-1": "success"}
+    assert {name: found[name].state for name in kept} == dict.fromkeys(kept, "success")
+    assert found.keys() - set(kept) <= set(lost)
     assert "metrics/train/metrics.json" in changes(ready, found["tune-0"])
     assert "metrics/test.json" not in changes(ready, found["tune-0"])
     assert ready.tags() == set()
