@@ -46,7 +46,7 @@ def fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray
 
 
 def in_turn(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut `order` into batches of at most `budget` tokens in all, each review in its turn: a hundred times as fast as `fill`."""
+    """Cut `order` into batches of at most `budget` tokens in all, each review in its turn: some 18 times as fast as `fill`."""
     batches, start, ends = [], 0, np.cumsum(lengths[order])
     while start < len(order):
         before = int(ends[start - 1]) if start else 0
