@@ -155,7 +155,7 @@ def ours(prepared: Path, tokenizer: Path, max_length: int) -> Run:
     loaded = load_tokenizer(tokenizer, max_length)
 
     def run() -> int:
-        lengths = tokenize.write(prepared, split_of(prepared), loaded).reviews
+        lengths = tokenize.write(prepared, split_of(prepared), loaded, "pt").reviews
         return int((lengths * np.arange(len(lengths))).sum())
 
     return run

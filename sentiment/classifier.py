@@ -1,7 +1,7 @@
 """A fine-tuned model folder, ready to classify: weights, tokenizer, and what was fitted for inference.
 
-`inference.json` beside the weights holds: `max_length` in tokens, `case` (see sentiment/text.py), `text` (the columns it was
-trained on), `temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
+`inference.json` beside the weights holds: `max_length` in tokens, `case` and `emoji` (see sentiment/text.py), `text` (the columns
+it was trained on), `temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
 """
 
 from collections.abc import Sequence
@@ -36,6 +36,7 @@ class Inference:
     text: list[str]
     temperature: float
     threshold: float | None
+    emoji: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Inference":
@@ -82,7 +83,7 @@ class Classifier:
 
     def probabilities(self, texts: Sequence[str], batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
-        cleaned = [text.clean(value, self.inference.case) for value in texts]
+        cleaned = [text.clean(value, self.inference.case, self.inference.emoji) for value in texts]
         rows = encode(self.tokenizer, cleaned)
         return self.token_probabilities(
             ragged(rows, np.zeros(len(texts), np.int16), self.tokenizer.get_vocab_size()), batch_tokens

@@ -20,7 +20,7 @@ def save(model: Any, tokenizer: Path, validation: Tokens, settings: Params, fold
     for path in sorted(tokenizer.iterdir()):
         shutil.copyfile(path, folder / path.name)
     fixed = (settings.tokenize.max_length, settings.prepare.case, settings.prepare.text)
-    Inference(*fixed, temperature=1.0, threshold=None).save(folder)
+    Inference(*fixed, temperature=1.0, threshold=None, emoji=settings.tokenize.emoji).save(folder)
     classifier = Classifier.load(folder, settings.train.device)
     scores, inference = fit(classifier, validation, settings)
     inference.save(folder)
@@ -36,5 +36,4 @@ def fit(classifier: Classifier, validation: Tokens, settings: Params) -> tuple[d
     threshold = calibration.fit_threshold(values, labels)
     log.info("fitted on validation: temperature %.3f, threshold %s", temperature, threshold)
     scores = metrics.score(values, calibration.decide(values, threshold), labels, classifier.labels)
-    fixed = classifier.inference
-    return scores, Inference(fixed.max_length, fixed.case, fixed.text, temperature, threshold)
+    return scores, replace(classifier.inference, temperature=temperature, threshold=threshold)

@@ -63,7 +63,7 @@ def check(members: Sequence[Member], settings: Params, tokenizer: Path, data: di
     wanted = {
         "classes": list(settings.prepare.labels),
         "tokenizer": sha256(tokenizer),
-        "way to read texts": [settings.tokenize.max_length, settings.prepare.case, settings.prepare.text],
+        "way to read texts": [settings.tokenize.model_dump(), settings.prepare.case, settings.prepare.text],
         "data (its sha256)": data["sha256"],
         "split of the data (params.yaml: prepare)": settings.prepare.model_dump(mode="json"),
     }
@@ -84,7 +84,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return {
         "classes": metadata["labels"],
         "tokenizer": sha256(folder / "tokenizer.json"),
-        "way to read texts": [inference.max_length, inference.case, inference.text],
+        "way to read texts": [{"max_length": inference.max_length, "emoji": inference.emoji}, inference.case, inference.text],
         "data (its sha256)": metadata["data"]["sha256"],
         "split of the data (params.yaml: prepare)": metadata["params"]["prepare"],
     }

@@ -85,6 +85,7 @@ class Audit(Section):
 
 class Tokenize(Section):
     max_length: Annotated[int, Field(ge=3, le=8192)]
+    emoji: Literal["ar", "de", "en", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh"] | None  # emoji.LANGUAGES
 
 
 class Model(Section):

@@ -192,7 +192,8 @@ def split_reviews(classifier: Classifier, reviews: "pd.DataFrame | None") -> tup
 
 def tokenized(classifier: Classifier, texts: "pd.Series") -> list[np.ndarray]:
     """Token ids of texts, as the model reads them."""
-    cleaned = (text.clean(str(value), classifier.inference.case) for value in texts)
+    inference = classifier.inference
+    cleaned = (text.clean(str(value), inference.case, inference.emoji) for value in texts)
     return [np.asarray(ids, np.int64) for ids in encode(classifier.tokenizer, cleaned)]
 
 

@@ -13,12 +13,15 @@ NOT_TEXT = {"Cc", "Cf", "Cs", "Co", "Cn"}  # control, format, surrogate, private
 WORD = re.compile(r"\w+")
 SHOUTED_LETTERS, SHOUTED_SHARE = 8, 0.6  # capitals, and their share of the letters, from which on a text is in capitals
 SENTENCE_START = re.compile(r"(?:^|[.!?…]\s+)\W*\w")
+SKIN_TONES = dict.fromkeys(range(0x1F3FB, 0x1F400))  # which say nothing of a product
+PERHAPS_EMOJI = re.compile("[©®\u203c-\u3299\U0001f004-\U0001faff]")  # one of these is in every emoji
 
 
-def clean(text: str, case: Case = "as_written") -> str:
+def clean(text: str, case: Case = "as_written", emoji: str | None = None) -> str:
     """The text in NFC, control characters and runs of blanks as one space, none at the ends.
 
     `case`: lower for small letters, truecase for that where the text is in capitals, but for the first letter of each sentence.
+    `emoji`: the language in whose words each emoji is told (by the names of Unicode CLDR); None leaves them as they are.
     """
     if not text.isascii() or not text.isprintable():
         text = unicodedata.normalize("NFC", text)
@@ -26,8 +29,26 @@ def clean(text: str, case: Case = "as_written") -> str:
         text = "".join(" " if is_not_text(char) else char for char in text)
     text = " ".join(text.split())
     if case == "truecase" and is_shouted(text):
-        return SENTENCE_START.sub(lambda found: found[0].upper(), text.lower())
-    return text.lower() if case == "lower" else text
+        text = SENTENCE_START.sub(lambda found: found[0].upper(), text.lower())
+    elif case == "lower":
+        text = text.lower()
+    return tell_emoji(text, emoji)
+
+
+def tell_emoji(text: str, language: str | None) -> str:
+    """The text with words of a language in place of emoji, 😡 as "rosto furioso"; those that it has no words for stay."""
+    if language is None or not PERHAPS_EMOJI.search(text):
+        return text
+    import emoji  # which takes a twentieth of a second, and few texts need
+
+    emoji.config.load_language(language)
+
+    def words(found: str, _: object) -> str:
+        plain = found.translate(SKIN_TONES)
+        names = emoji.EMOJI_DATA[plain if plain in emoji.EMOJI_DATA else found]
+        return f" {names[language].strip(':').replace('_', ' ')} " if language in names else found
+
+    return " ".join(emoji.replace_emoji(text, words).split())
 
 
 def is_shouted(text: str) -> bool:

@@ -82,7 +82,7 @@ class Model:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Token ids of texts as people write them, and whether each was cut at the model's length."""
-        cleaned = [text.clean(value, self.inference.case) for value in texts]
+        cleaned = [text.clean(value, self.inference.case, self.inference.emoji) for value in texts]
         found = self.tokenizer.encode_batch_fast(cleaned) if len(texts) > 1 else [self.tokenizer.encode(cleaned[0])]
         return [np.asarray(each.ids, np.int64) for each in found], [bool(each.overflowing) for each in found]
 

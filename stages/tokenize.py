@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from sentiment import checkpoint, params, tokens
+from sentiment import checkpoint, params, text, tokens
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
 
@@ -40,23 +40,24 @@ class Counts(NamedTuple):
 class Texts:
     """The texts of a prepared file, read anew each time they are gone through."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, emoji: str | None) -> None:
+        self.path, self.emoji = path, emoji
 
     def __iter__(self) -> Iterator[str]:
-        for texts, _ in read(self.path):
+        for texts, _ in read(self.path, self.emoji):
             yield from texts
 
 
 def main() -> None:
     settings = params.load()
+    emoji = settings.tokenize.emoji
     with atomic(TOKENS) as part:
-        checkpoint.save_tokenizer(settings.model, Texts(PREPARED / "train.parquet"), part / "tokenizer")
+        checkpoint.save_tokenizer(settings.model, Texts(PREPARED / "train.parquet", emoji), part / "tokenizer")
         tokenizer = tokens.load_tokenizer(part / "tokenizer", settings.tokenize.max_length)
         counts = {}
         for name in SPLITS:
             start = time.perf_counter()
-            counts[name] = write(PREPARED / f"{name}.parquet", part / f"{name}.safetensors", tokenizer)
+            counts[name] = write(PREPARED / f"{name}.parquet", part / f"{name}.safetensors", tokenizer, emoji)
             reviews, seconds = int(counts[name].reviews.sum()), time.perf_counter() - start
             log.info("%s: %d reviews, %.0f reviews/s", name, reviews, reviews / seconds)
     metrics = {"vocabulary": tokenizer.get_vocab_size()} | {name: summary(each) for name, each in counts.items()}
@@ -66,18 +67,19 @@ def main() -> None:
     log.info("vocabulary %d; train: %s", metrics["vocabulary"], metrics["train"])
 
 
-def read(path: Path) -> Iterator[tuple[list[str], np.ndarray]]:
-    """The texts and the labels of a prepared file, some thousands at a time."""
+def read(path: Path, emoji: str | None = None) -> Iterator[tuple[list[str], np.ndarray]]:
+    """The texts, as sentiment.text.tell_emoji tells them, and the labels of a prepared file, some thousands at a time."""
     with pq.ParquetFile(path, pre_buffer=False) as file:  # or it keeps all that it has read
         for batch in file.iter_batches(tokens.CHUNK, columns=["text", "label"]):
-            yield batch.column("text").to_pylist(), batch.column("label").to_numpy()
+            texts = batch.column("text").to_pylist()
+            yield [text.tell_emoji(value, emoji) for value in texts] if emoji else texts, batch.column("label").to_numpy()
 
 
-def write(source: Path, target: Path, tokenizer: Tokenizer) -> Counts:
+def write(source: Path, target: Path, tokenizer: Tokenizer, emoji: str | None = None) -> Counts:
     """Encode a prepared file into a split's file, and count."""
     unknown_id, longest = tokenizer.token_to_id("[UNK]"), (tokenizer.truncation or {})["max_length"]
     reviews, unknown = np.zeros(longest + 1, np.int64), 0
-    chunks, again = tee(read(source))  # as far apart as one chunk is being encoded
+    chunks, again = tee(read(source, emoji))  # as far apart as one chunk is being encoded
     encoded = tokens.encode_chunks(tokenizer, (texts for texts, _ in chunks))
     with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
         for (input_ids, lengths), (_, labels) in zip(encoded, again, strict=True):

@@ -42,6 +42,6 @@ def model_folder(folder, labels=("negativo", "positivo"), seed=0, **inference):
     tokenizer = tokenizer_in(folder, texts)
     torch.manual_seed(seed)
     checkpoint.load_model(settings().model, labels, tokenizer, 32).save_pretrained(folder)
-    fixed = {"max_length": 32, "case": "truecase", "text": ["text"], "temperature": 1.0, "threshold": None}
+    fixed = {"max_length": 32, "case": "truecase", "emoji": "pt", "text": ["text"], "temperature": 1.0, "threshold": None}
     Inference(**fixed | inference).save(folder)
     return folder

@@ -123,6 +123,19 @@ def test_the_case_is_that_in_which_the_model_was_trained(copy, classifier, case)
     assert abs(cased[0] - cased[1]).max() > 1e-3
 
 
+def test_emoji_are_read_as_in_training(copy, classifier):
+    written = ["Veio errado 😡", "Veio errado rosto furioso"]
+    as_they_are = classifier.probabilities(written)
+    assert abs(as_they_are[0] - as_they_are[1]).max() > 1e-3
+    change_inference(copy, emoji="pt")
+    found = Classifier.load(copy, "cpu").probabilities(written)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    values = read_json(copy / "inference.json")
+    del values["emoji"]  # of before there was such a key
+    write_json(copy / "inference.json", values)
+    np.testing.assert_allclose(Classifier.load(copy, "cpu").probabilities(written), as_they_are, atol=1e-5)
+
+
 @pytest.mark.parametrize(("lowercase", "case"), [(True, "lower"), (False, "as_written")])
 def test_a_model_of_before_there_was_a_case_is_read(copy, lowercase, case):
     values = read_json(copy / "inference.json")

@@ -119,6 +119,7 @@ def test_members_that_belong_together_pass(folders):
         ("metadata.json", {"data": {"sha256": "b" * 64}}, "data"),
         ("metadata.json", {"params": {"prepare": {"test": 0.3}}}, "split of the data"),
         ("inference.json", {"max_length": 64}, "way to read texts"),
+        ("inference.json", {"emoji": "en"}, "way to read texts"),
     ],
 )
 def test_a_member_of_another_kind_is_refused_by_name(folders, tmp_path, name, values, what):

@@ -65,6 +65,7 @@ def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, written):
         ("prepare.labels", {"ruim": [2], "bom": [2.0, 5]}, ["prepare.labels", "rating 2", "ruim", "bom"]),
         ("prepare.labels", {"ruim": [], "bom": [5]}, ["prepare.labels.ruim", "[]"]),
         ("prepare.labels", {"ruim": ["um"], "bom": [5]}, ["prepare.labels.ruim", "'um'"]),
+        ("tokenize.emoji", "br", ["tokenize.emoji", "'pt'", "'br'"]),
         ("prepare.test", 0.85, ["prepare.validation and test together"]),
         ("model.heads", 3, ["model.hidden_size (256)", "heads (3)"]),
         ("cross_validation.folds", 1, ["cross_validation.folds", "greater than or equal to 2", "1"]),

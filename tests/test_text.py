@@ -3,6 +3,7 @@
 import random
 import unicodedata
 
+import emoji
 import pytest
 
 from sentiment import text
@@ -54,6 +55,38 @@ def test_a_text_in_capitals_is_read_in_small_letters_if_that_is_asked_for(raw, r
 )
 def test_what_is_not_in_capitals_stays_as_it_is_written(raw):
     assert text.clean(raw, case="truecase") == raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "language", "read"),
+    [
+        ("Chegou ontem 😡😡", "pt", "Chegou ontem rosto furioso rosto furioso"),
+        ("amei❤️!", "pt", "amei coração vermelho !"),
+        ("👍🏽 veio certo", "pt", "polegar para cima veio certo"),
+        ("MUITO RUIM, NÃO COMPREM 😡", "pt", "Muito ruim, não comprem rosto furioso"),
+        ("ok 👩‍🔧", "pt", "ok mecânica"),
+        ("ok 😡", "en", "ok enraged face"),
+        ("Nota 10, custou 5€ – é “bom”… #1", "pt", "Nota 10, custou 5€ – é “bom”… #1"),
+        ("snake_case :rosto_furioso: 👎", "pt", "snake_case :rosto_furioso: polegar para baixo"),
+    ],
+)
+def test_emoji_are_told_in_words_if_that_is_asked_for(raw, language, read):
+    assert text.clean(raw, "truecase", language) == read
+    assert text.clean(read, "truecase", language) == read
+    assert text.tell_emoji(text.clean(raw, "truecase"), language) == read
+
+
+def test_every_emoji_is_told_in_words_and_none_without_a_language():
+    for each in emoji.EMOJI_DATA:
+        assert emoji.emoji_count(text.clean(f"Veio {each}!", emoji="pt")) == 0
+        assert text.tell_emoji(each, None) == each
+
+
+def test_an_emoji_that_a_language_has_no_words_for_stays(monkeypatch):
+    names = {key: value for key, value in emoji.EMOJI_DATA["😡"].items() if key != "pt"}
+    monkeypatch.setitem(emoji.EMOJI_DATA, "😡", names)
+    monkeypatch.setattr(emoji.config, "load_language", lambda language: None)  # it would bring the words back
+    assert text.clean("Veio 😡", emoji="pt") == "Veio 😡"
 
 
 def test_cleaning_twice_changes_nothing_and_leaves_no_control_character():

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file, save_file
 from sentiment import tokens
 from sentiment.checkpoint import save_word_piece, word_piece
 from sentiment.errors import CheckpointError, DataError
+from sentiment.text import clean
 from sentiment.tokens import Tokens, Writer, encode, encode_chunks, joined, load_tokenizer, ragged
-from stages.tokenize import histogram, percentile, write
+from stages.tokenize import Texts, histogram, percentile, write
 
 TEXTS = [
     "Chegou antes do prazo e funciona muito bem",
@@ -189,3 +190,14 @@ def test_the_split_written_by_the_stage_is_the_prepared_one(tokenizer_folder, tm
         np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name))
     assert counts.reviews.tolist() == np.bincount(expected.lengths, minlength=13).tolist()
     assert counts.unknown == (expected.input_ids == tokenizer.token_to_id("[UNK]")).sum()
+
+
+def test_the_stage_reads_emoji_as_the_model_will(tokenizer_folder, tmp_path):
+    written = ["Ótimo 😍", "A tampa veio quebrada 😡", "Não recomendo"]
+    pq.write_table(pa.table({"text": written, "label": pa.array([1, 0, 0], pa.int64())}), tmp_path / "train.parquet")
+    tokenizer = load_tokenizer(tokenizer_folder, 64)
+    for emoji in ("pt", None):
+        write(tmp_path / "train.parquet", tmp_path / "train.safetensors", tokenizer, emoji)
+        expected = ragged(encode(tokenizer, [clean(value, emoji=emoji) for value in written]), np.array([1, 0, 0]), 300)
+        np.testing.assert_array_equal(Tokens.load(tmp_path / "train.safetensors").input_ids, expected.input_ids)
+        assert list(Texts(tmp_path / "train.parquet", emoji)) == [clean(value, emoji=emoji) for value in written]

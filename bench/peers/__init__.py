@@ -39,7 +39,7 @@ class Reader(NamedTuple):
 
     def token_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of texts as people write them."""
-        cleaned = (text.clean(value, self.inference["case"]) for value in texts)
+        cleaned = (text.clean(value, self.inference["case"], self.inference.get("emoji")) for value in texts)
         return [np.asarray(ids, np.int64) for ids in tokens.encode(self.tokenizer, cleaned)]
 
     def answers(self, logits: np.ndarray) -> list[dict[str, Any]]:

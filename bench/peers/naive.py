@@ -33,7 +33,7 @@ def health() -> str:
 @app.post("/predict")
 def predict() -> dict[str, Any]:
     """The label of one text."""
-    cleaned = text.clean(request.get_json()["text"], reader.inference["case"])
+    cleaned = text.clean(request.get_json()["text"], reader.inference["case"], reader.inference.get("emoji"))
     inputs = tokenizer(cleaned, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     with torch.inference_mode():
         logits = model(**inputs).logits
