@@ -130,6 +130,13 @@ def test_truncated_begins_where_the_models_length_ends(service):
     assert all(service.predict("bom " * n)["truncated"] for n in range(fits + 1, 40))
 
 
+def test_emoji_are_read_as_words(service):
+    told = probabilities(service, "chegou ontem rosto furioso")
+    for written in ("chegou ontem 😡", "chegou ontem😡"):
+        assert probabilities(service, written) == pytest.approx(told, abs=1e-5)
+    assert probabilities(service, "chegou ontem 😍") != pytest.approx(told, abs=1e-5)
+
+
 def test_blanks_around_and_between_words_change_nothing(service):
     tidy = probabilities(service, "veio quebrado do celular")
     assert probabilities(service, "  veio\n\tquebrado\u00a0 do \u200b celular\r\n") == pytest.approx(tidy, abs=1e-5)
