@@ -1,15 +1,21 @@
 """From a model's logits to probabilities that mean what they say, and from these to a label; fitted on validation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 LOG_TEMPERATURES = (-3.0, 3.0)
+BIASES = (-6.0, 6.0)
+SIGNIFICANCE = 0.05  # of the likelihood-ratio test that a bias has to pass
 RESAMPLES = 2000  # behind the standard error of macro-F1
 WIDTH = 3.92  # of a 95% interval, in standard errors
 
 
-def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(logits / temperature): float64 [reviews, classes]."""
+def probabilities(logits: np.ndarray, temperature: float, bias: Sequence[float] | None = None) -> np.ndarray:
+    """softmax(logits / temperature + bias): float64 [reviews, classes]."""
     scaled = np.asarray(logits, np.float64) / temperature
+    if bias is not None:
+        scaled += np.asarray(bias)
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))  # as scipy.special does it, whose import takes 0.1 s
     return powers / powers.sum(axis=1, keepdims=True)
 
@@ -26,6 +32,33 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         method="bounded",
     )
     return float(np.exp(found.x))
+
+
+def fit_bias(logits: np.ndarray, labels: np.ndarray) -> tuple[float, list[float]] | None:
+    """Temperature and a bias a class of the least negative log-likelihood together, the biases 0 in all; None for no bias.
+
+    Bias-corrected temperature scaling (Alexandari et al. 2020): a model that learnt from classes in other shares than those it
+    is used on is too sure of those that it saw more of. There is none unless the likelihood-ratio test against the temperature
+    alone says so (Wilks 1938), or where a class has no review.
+    """
+    from scipy.optimize import minimize
+    from scipy.stats import chi2
+
+    from sentiment.metrics import negative_log_likelihood
+
+    classes = logits.shape[1]
+    if len(np.unique(labels)) < classes:
+        return None
+
+    def loss(values: np.ndarray) -> float:
+        return negative_log_likelihood(probabilities(logits, np.exp(values[0]), [*values[1:], 0.0]), labels)
+
+    start = np.array([np.log(fit_temperature(logits, labels)), *[0.0] * (classes - 1)])
+    found = minimize(loss, start, method="L-BFGS-B", bounds=[LOG_TEMPERATURES, *[BIASES] * (classes - 1)])
+    if chi2.sf(2 * len(labels) * (loss(start) - found.fun), classes - 1) > SIGNIFICANCE:
+        return None
+    bias = np.append(found.x[1:], 0.0)
+    return float(np.exp(found.x[0])), [float(value) for value in bias - bias.mean()]
 
 
 def fit_threshold(values: np.ndarray, labels: np.ndarray) -> float | None:

@@ -71,7 +71,8 @@ Classifies a review as {labels}. {made};
 Scores on the test split are in `metrics/test.json` of the commit that the model's tag names.
 {history if rows else ""}
 ## Use
-`inference.json` holds the temperature that the logits are divided by and the threshold of the last class. Written for
+`inference.json` holds the temperature that the logits are divided by, the bias (if any) that is then added, and the threshold of
+the last class. Written for
 reviews of products in Brazilian Portuguese; other texts, and other sorts of opinion, were not measured.
 `metadata.json` beside this file holds every parameter and version.
 """

@@ -1,7 +1,8 @@
 """A fine-tuned model folder, ready to classify: weights, tokenizer, and what was fitted for inference.
 
 `inference.json` beside the weights holds: `max_length` in tokens, `case` and `emoji` (see sentiment/text.py), `text` (the columns
-it was trained on), `temperature` and `threshold` (see sentiment/calibration.py). The labels' names and order are in config.json.
+it was trained on), `temperature`, `bias` and `threshold` (see sentiment/calibration.py). The labels' names and order are in
+config.json.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ class Inference:
     temperature: float
     threshold: float | None
     emoji: str | None = None
+    bias: list[float] | None = None
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities: float64 [reviews, classes]."""
+        return calibration.probabilities(logits, self.temperature, self.bias)
 
     @classmethod
     def load(cls, folder: Path) -> "Inference":
@@ -91,7 +97,7 @@ class Classifier:
 
     def token_probabilities(self, tokens: Tokens, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """The same for reviews that are already tokens."""
-        return calibration.probabilities(self.token_logits(tokens, batch_tokens), self.inference.temperature)
+        return self.inference.probabilities(self.token_logits(tokens, batch_tokens))
 
     def token_logits(self, tokens: Tokens, batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """What the model itself says of reviews that are already tokens: float32 [reviews, classes]."""

@@ -1,7 +1,7 @@
 """Several models as one: the mean of their calibrated probabilities (deep ensembles, Lakshminarayanan et al. 2017).
 
-An ensemble's folder is like any model's, but that config.json lists the configurations and temperatures of its members, and that
-model.safetensors holds the weights of all of them, the first one's under `members.0.`.
+An ensemble's folder is like any model's, but that config.json lists the configurations, temperatures and biases of its members,
+and that model.safetensors holds the weights of all of them, the first one's under `members.0.`.
 """
 
 import json
@@ -22,22 +22,27 @@ KIND = "sentiment-ensemble"  # the model_type, which transformers does not know:
 class Ensemble(nn.Module):
     """Classifiers of the same classes and the same tokenizer, or what reads batches for them."""
 
-    def __init__(self, members: Iterable[nn.Module], temperatures: Sequence[float], config: Any) -> None:
+    biases: torch.Tensor  # float32 [members, classes]
+
+    def __init__(
+        self, members: Iterable[nn.Module], temperatures: Sequence[float], biases: Sequence[Sequence[float]], config: Any
+    ) -> None:
         super().__init__()
         self.members, self.temperatures, self.config = nn.ModuleList(members), list(temperatures), config
+        self.register_buffer("biases", torch.tensor(biases), persistent=False)
 
     def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
         """The logarithms of the members' mean probabilities: float32 [reviews, classes]."""
         told = []
-        for member, temperature in zip(self.members, self.temperatures, strict=True):
+        for member, temperature, bias in zip(self.members, self.temperatures, self.biases.unbind(), strict=True):
             outputs = member(*inputs, **named)
             logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-            told.append((logits.float() / temperature).log_softmax(-1))
+            told.append((logits.float() / temperature + bias).log_softmax(-1))
         return torch.stack(told).logsumexp(0) - math.log(len(told))
 
     def of(self, members: Iterable[nn.Module]) -> "Ensemble":
         """The same of what reads batches for each member."""
-        return Ensemble(members, self.temperatures, self.config)
+        return Ensemble(members, self.temperatures, self.biases.tolist(), self.config)
 
     def num_parameters(self) -> int:
         """The parameters of all members."""
@@ -49,7 +54,8 @@ class Ensemble(nn.Module):
         members: list[Any] = list(self.members)
         configs = [json.loads(member.config.to_json_string(use_diff=False)) for member in members]
         classes = {name: configs[0][name] for name in ("id2label", "label2id")}
-        values = {"model_type": KIND, **classes, "temperatures": self.temperatures, "members": configs}
+        fitted = {"temperatures": self.temperatures, "biases": self.biases.tolist()}
+        values = {"model_type": KIND, **classes, **fitted, "members": configs}
         (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors")
 
@@ -75,8 +81,8 @@ def load(folder: Path) -> Ensemble:
     values = read_json(folder / "config.json")
     configs = [AutoConfig.for_model(**config) for config in values["members"]]
     members = [AutoModelForSequenceClassification.from_config(config, trust_remote_code=False) for config in configs]
-    ensemble = Ensemble(
-        members, values["temperatures"], Config([values["id2label"][str(k)] for k in range(len(values["id2label"]))])
-    )
+    names = [values["id2label"][str(k)] for k in range(len(values["id2label"]))]
+    biases = values.get("biases", [[0.0] * len(names)] * len(members))  # of before there were any
+    ensemble = Ensemble(members, values["temperatures"], biases, Config(names))
     ensemble.load_state_dict(load_file(folder / "model.safetensors"))
     return ensemble

@@ -1,4 +1,4 @@
-"""From a trained model to one that answers: a model folder, with temperature and threshold fitted on validation."""
+"""From a trained model to one that answers: a model folder, with temperature, bias and threshold fitted on validation."""
 
 import logging
 import shutil
@@ -28,12 +28,13 @@ def save(model: Any, tokenizer: Path, validation: Tokens, settings: Params, fold
 
 
 def fit(classifier: Classifier, validation: Tokens, settings: Params) -> tuple[dict[str, float], Inference]:
-    """Temperature and threshold for the model, and its scores on validation with them."""
+    """Temperature, bias and threshold for the model, and its scores on validation with them."""
     labels = validation.labels.astype(int)
     raw = classifier.token_logits(validation, settings.evaluate.batch_tokens)
-    temperature = calibration.fit_temperature(raw, labels)
-    values = calibration.probabilities(raw, temperature)
+    temperature, bias = calibration.fit_bias(raw, labels) or (calibration.fit_temperature(raw, labels), None)
+    values = calibration.probabilities(raw, temperature, bias)
     threshold = calibration.fit_threshold(values, labels)
-    log.info("fitted on validation: temperature %.3f, threshold %s", temperature, threshold)
+    told = ", ".join(f"{value:+.3f}" for value in bias) if bias else "none"
+    log.info("fitted on validation: temperature %.3f, bias %s, threshold %s", temperature, told, threshold)
     scores = metrics.score(values, calibration.decide(values, threshold), labels, classifier.labels)
-    return scores, replace(classifier.inference, temperature=temperature, threshold=threshold)
+    return scores, replace(classifier.inference, temperature=temperature, threshold=threshold, bias=bias)

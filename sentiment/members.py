@@ -91,8 +91,11 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def average(members: Sequence[Member], names: list[str]) -> ensemble.Ensemble:
-    """The members as one model, each with the temperature that was fitted for it."""
+    """The members as one model, each with the temperature and the bias that were fitted for it."""
     found = [Classifier.load(member.folder, "cpu") for member in members]
     return ensemble.Ensemble(
-        [each.model for each in found], [each.inference.temperature for each in found], ensemble.Config(names)
+        [each.model for each in found],
+        [each.inference.temperature for each in found],
+        [each.inference.bias or [0.0] * len(names) for each in found],
+        ensemble.Config(names),
     )

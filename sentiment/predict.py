@@ -149,7 +149,7 @@ class EngineClassifier:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
         cleaned = (text.clean(value, self.inference.case, self.inference.emoji) for value in texts)
         input_ids = [np.asarray(ids, np.int64) for ids in encode(self.tokenizer, cleaned)]
-        return calibration.probabilities(self.engine.logits(input_ids), self.inference.temperature)
+        return self.inference.probabilities(self.engine.logits(input_ids))
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """The class index of each row, by the model's own threshold: int64 [texts]."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sentiment import calibration, conversion, engines, text
+from sentiment import conversion, engines, text
 from sentiment.classifier import Classifier
 from sentiment.conversion import convert
 from sentiment.engines import Choice, Engine, bf16_on_openvino
@@ -246,8 +246,7 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray, classes: int) -> float
 
 def decide(engine: Engine, classifier: Classifier, reviews: Sequence[np.ndarray]) -> np.ndarray:
     """The classes that an engine gives to reviews: int [reviews]."""
-    values = calibration.probabilities(engine.logits(reviews), classifier.inference.temperature)
-    return classifier.decide(values)
+    return classifier.decide(classifier.inference.probabilities(engine.logits(reviews)))
 
 
 def reviews_per_second(engine: Engine, classifier: Classifier) -> float:

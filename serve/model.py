@@ -97,7 +97,7 @@ class Model:
 
     def answers(self, logits: np.ndarray, cut: Sequence[bool]) -> list[dict[str, Any]]:
         """What each text is answered: sentiment, score (its probability), all probabilities, truncated."""
-        values = calibration.probabilities(logits, self.inference.temperature)
+        values = self.inference.probabilities(logits)
         chosen = calibration.decide(values, self.inference.threshold)
         rounded = np.round(values, 6).tolist()
         return [

@@ -37,7 +37,7 @@ def main() -> None:
     start = time.perf_counter()
     logits = classifier.token_logits(tokens, settings.evaluate.batch_tokens)
     speed = len(tokens) / (time.perf_counter() - start)
-    values = calibration.probabilities(logits, classifier.inference.temperature)
+    values = classifier.inference.probabilities(logits)
     before = calibration.probabilities(logits, 1.0)
     predictions, labels = classifier.decide(values), tokens.labels.astype(int)
     scores = score(values, before, predictions, labels, classifier.labels, settings.evaluate)

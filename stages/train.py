@@ -1,4 +1,4 @@
-"""Fine-tune the classifier, keep its best epoch, and fit temperature and threshold on validation.
+"""Fine-tune the classifier, keep its best epoch, and fit temperature, bias and threshold on validation.
 
 From: data/tokens, metrics/data.json, and the weights of `model.checkpoint` (random ones if there is none);
       with train.ensemble, the models of other versions, experiments or revisions instead
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def save_average(settings: params.Params, names: list[str], started: datetime) -> None:
-    """Write the average of other models as if it had been trained: temperature and threshold are its own."""
+    """Write the average of other models as if it had been trained: temperature, bias and threshold are its own."""
     data = read_json(DATA)
     with members.fetched(names) as found, recorder(PartialState(), LIVE) as live:
         members.check(found, settings, TOKENS / "tokenizer" / "tokenizer.json", data)

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import f1_score, log_loss
 
-from sentiment.calibration import decide, fit_temperature, fit_threshold, probabilities
+from sentiment.calibration import decide, fit_bias, fit_temperature, fit_threshold, probabilities
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -18,6 +18,45 @@ def test_a_known_temperature_is_found_again(temperature, classes):
     assert found == pytest.approx(temperature, rel=0.05)
     losses = [log_loss(labels, probabilities(logits, found * factor)) for factor in (0.95, 1.0, 1.05)]
     assert losses[1] == min(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("bias", [[-0.4, 0.4], [0.7, -0.5, -0.2]])
+def test_a_known_bias_is_found_again_with_its_temperature(temperature, bias):
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 2, (20_000, len(bias))) * temperature
+    truth = softmax(logits / temperature + bias, axis=1)
+    labels = (truth.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    found = fit_bias(logits, labels)
+    assert found[0] == pytest.approx(temperature, rel=0.05)
+    assert found[1] == pytest.approx(bias, abs=0.06)
+    np.testing.assert_allclose(probabilities(logits, *found), truth, atol=0.02)
+
+
+def test_a_model_of_other_class_shares_than_it_meets_is_corrected():
+    """Labels 0 and 1 are even where it learnt, and 3 in 10 and 7 in 10 where it is used: Bayes' rule gives the bias."""
+    rng = np.random.default_rng(7)
+    labels = (rng.random(20_000) < 0.7).astype(int)
+    logit = rng.normal(np.where(labels == 1, 1.0, -1.0), 1.0) * 2  # of two normal distributions, even shares
+    temperature, bias = fit_bias(np.stack([0 * logit, logit], axis=1), labels)
+    assert temperature == pytest.approx(1.0, abs=0.05)
+    assert bias[1] - bias[0] == pytest.approx(np.log(0.7 / 0.3), abs=0.1)
+
+
+def test_where_there_is_no_bias_none_is_found_but_by_chance():
+    found = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(0, 2, (500, 2))
+        labels = (rng.random(500) < softmax(logits, axis=1)[:, 1]).astype(int)
+        found.append(fit_bias(logits, labels) is not None)
+    assert sum(found) <= 6  # of 40 at 5%, which would be exceeded once in 200 times
+
+
+@pytest.mark.parametrize("labels", [np.zeros(50, int), np.repeat([0, 1], 25)], ids=["one class", "told apart without fault"])
+def test_what_says_nothing_of_a_bias_gives_none(labels):
+    logits = np.stack([1.0 - 2 * labels, 2.0 * labels - 1], axis=1)
+    assert fit_bias(logits, labels) is None
 
 
 def test_probabilities_sum_to_one_and_temperature_only_spreads_them():

@@ -16,6 +16,7 @@ from sentiment.files import read_json, write_json
 from sentiment.members import Member
 
 TEMPERATURES = (0.5, 1.5, 3.0)
+BIASES = (None, [-0.5, 0.5], [0.3, -0.3])
 DATA = {"sha256": "a" * 64}
 
 
@@ -23,9 +24,9 @@ DATA = {"sha256": "a" * 64}
 def folders(tmp_path_factory):
     """Three models of the same tokenizer, with random weights large enough that they disagree."""
     made = []
-    for seed, temperature in enumerate(TEMPERATURES):
+    for seed, (temperature, bias) in enumerate(zip(TEMPERATURES, BIASES, strict=True)):
         chosen = settings()
-        fixed = {"temperature": temperature, "text": chosen.prepare.text}
+        fixed = {"temperature": temperature, "bias": bias, "text": chosen.prepare.text}
         folder = model_folder(tmp_path_factory.mktemp("member"), seed=seed, **fixed)
         classifier = Classifier.load(folder, "cpu")
         with torch.no_grad():
@@ -45,7 +46,7 @@ def averaged(folders, tmp_path_factory):
     model.save_pretrained(target)
     for name in ("tokenizer.json", "inference.json"):
         shutil.copyfile(folders[0] / name, target / name)
-    write_json(target / "inference.json", read_json(target / "inference.json") | {"temperature": 1.0})
+    write_json(target / "inference.json", read_json(target / "inference.json") | {"temperature": 1.0, "bias": None})
     return target
 
 
@@ -61,6 +62,15 @@ def expected(folders):
 def test_it_answers_with_the_mean_of_the_calibrated_probabilities(averaged, expected):
     texts, values = expected
     np.testing.assert_allclose(Classifier.load(averaged, "cpu").probabilities(texts), values, atol=1e-5)
+
+
+def test_one_of_before_there_was_a_bias_is_read(averaged, expected, tmp_path):
+    texts, values = expected
+    shutil.copytree(averaged, tmp_path / "old")
+    config = read_json(tmp_path / "old/config.json")
+    assert config.pop("biases")[1] == [-0.5, 0.5]
+    write_json(tmp_path / "old/config.json", config)
+    assert np.abs(Classifier.load(tmp_path / "old", "cpu").probabilities(texts) - values).max() > 0.01
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -47,7 +47,7 @@ class Reader(NamedTuple):
 
         As sentiment.calibration, which needs scipy and scikit-learn.
         """
-        scaled = np.asarray(logits, np.float64) / self.inference["temperature"]
+        scaled = np.asarray(logits, np.float64) / self.inference["temperature"] + np.asarray(self.inference.get("bias") or 0.0)
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         values, threshold = powers / powers.sum(axis=1, keepdims=True), self.inference["threshold"]
         chosen = values.argmax(axis=1) if threshold is None else (values[:, 1] >= threshold).astype(int)
