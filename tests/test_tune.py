@@ -417,7 +417,8 @@ def test_the_table_has_the_best_first_and_the_command_sets_its_values():
 def small(project):
     """The project with a search over two trials of a tiny model."""
     searched = {"train.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
-    change(project.path / "params.yaml", {"train.lr": 5e-3, "tune.space": searched, "tune.trials": 2})
+    chosen = {"train.lr": 5e-3, "train.epochs": 3, "tune.space": searched, "tune.trials": 2, "tune.prune_after": None}
+    change(project.path / "params.yaml", chosen)
     project.commit("a busca")
     return project
 
@@ -446,7 +447,7 @@ def test_a_file_that_queued_experiments_would_lack_is_named(small, inside):
         ("train.lr", 0.5, set()),
         ("tune.trials", 9, set()),
         ("promote.min_f1", 0.9, set()),
-        ("train.epochs", 3, {"parameters"}),
+        ("train.epochs", 4, {"parameters"}),
         ("prepare.test", 0.3, {"parameters"}),
         ("tune.space", {"train.epochs": [2, 3]}, {"tune.space", "parameters"}),
     ],
