@@ -125,6 +125,7 @@ class Model:
             | {"measured": [without_words(each) for each in self.choice.measured]},
             "metrics": self.metrics,
             "max_length": self.inference.max_length,
+            "text": self.inference.text,
         }
 
 

@@ -95,6 +95,10 @@ class Health(BaseModel):
         None, description="how the engine was chosen: macro_f1_change against fp32, on how many reviews, each candidate's numbers"
     )
     metrics: dict[str, Any] | None = Field(None, description="the model's metrics on its test split")
+    max_length: int | None = Field(None, description="tokens that the model reads of a text")
+    text: list[str] | None = Field(
+        None, description="the columns that the model was trained on; of several, a text is their values joined by ' - '"
+    )
 
 
 class Status(BaseModel):

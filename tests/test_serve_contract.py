@@ -396,6 +396,7 @@ def test_health_names_the_model_and_the_time(service):
     assert (status, headers["Content-Type"]) == (200, "application/json")
     assert (body["status"], body["model_loaded"], body["device"], body["failure"]) == ("ok", True, "cpu", None)
     assert body["model_version"] == service.predict()["model_version"]
+    assert body["text"] == ["text"]
     given = datetime.fromisoformat(body["timestamp"])
     assert given.utcoffset() == timedelta(0)
     assert abs(datetime.now(UTC) - given) < timedelta(minutes=1)
