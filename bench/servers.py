@@ -100,7 +100,8 @@ def specification(name: str, work: Workload, port: int) -> Spec:
     if name == "litserve":
         return Spec([*there, "bench.peers.litserve_app"], environment, "/health")
     if name == "mosec":
-        return Spec([*there, "bench.peers.mosec_app", "--address", HOST, *place], environment, "/")
+        patient = ["--timeout", "60000"]  # ms for a request, as long as the others wait; its default is 3000
+        return Spec([*there, "bench.peers.mosec_app", "--address", HOST, *place, *patient], environment, "/")
     environment |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(work.reviews.parent / "bentoml")}
     command = ["bentoml", "serve", "bench.peers.bentoml_app:Sentiment", "--host", HOST, *place]
     return Spec([*there, *command], environment, "/readyz", listed=True)
