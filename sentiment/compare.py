@@ -9,7 +9,6 @@ chance alone would show a p-value over 0.05 in nineteen of twenty comparisons.
 """
 
 import argparse
-import io
 import logging
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from sentiment.comparison import Difference, McNemar
 from sentiment.errors import DataError, RegistryError
 from sentiment.files import atomic
 from sentiment.logs import first_line, guarded, setup
-from sentiment.registry import Registry
+from sentiment.registry import Registry, from_parquet
 from sentiment.repository import find_repository
 
 WORKSPACE = "workspace"
@@ -82,7 +81,7 @@ def table(name: str, path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     registry = Registry(find_repository(Path()))
     try:
-        return pd.read_parquet(io.BytesIO(registry.read(registry.find(name), str(path))))
+        return from_parquet(registry.read(registry.find(name), str(path)))
     except RegistryError:
         if is_version(registry, name):
             raise
@@ -103,7 +102,7 @@ def of_revision(root: Path, name: str, path: Path) -> pd.DataFrame:
     from dvc.api import DVCFileSystem
 
     try:
-        return pd.read_parquet(io.BytesIO(DVCFileSystem(str(root), rev=name).read_bytes(str(path))))
+        return from_parquet(DVCFileSystem(str(root), rev=name).read_bytes(str(path)))
     except Exception as error:
         raise DataError(
             f"{name} has no {path} to compare ({type(error).__name__}: {first_line(error)}); name a version (gto show), an "

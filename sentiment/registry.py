@@ -5,7 +5,6 @@ commit that holds the parameters, metrics and dvc.lock of the run, so that DVC f
 """
 
 import hashlib
-import io
 import logging
 import re
 import tempfile
@@ -36,6 +35,20 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|[\w.-]+@[\w.-]+:")  # https://…, s
 
 
 log = logging.getLogger(__name__)
+
+
+def from_parquet(content: bytes, columns: list[str] | None = None) -> "pd.DataFrame":
+    """The table of a Parquet file whose content is in memory.
+
+    The content is copied into Arrow's own memory: a thread of Arrow's that lets go of a Python object while the interpreter ends
+    aborts the process (https://github.com/apache/arrow/issues/34314).
+    """
+    import pandas as pd
+    import pyarrow as pa
+
+    copy = pa.BufferOutputStream()
+    copy.write(content)
+    return pd.read_parquet(pa.BufferReader(copy.getvalue()), columns=columns)
 
 
 class Version(NamedTuple):
@@ -149,7 +162,7 @@ class Registry:
         import pandas as pd
 
         def read(path: str) -> pd.DataFrame:
-            return pd.read_parquet(io.BytesIO(self.read(version, path)))
+            return from_parquet(self.read(version, path))
 
         tested = read(PREDICTIONS)[["review_id", "label", "prediction"]]
         texts = read("data/prepared/test.parquet").set_index("review_id")["text"]

@@ -5,7 +5,6 @@ To:   metrics/audit.json, data/doubtful/{labels,near_duplicates}.csv (for a pers
 Run:  python -m stages.audit
 """
 
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sentiment import audit, params
 from sentiment.errors import DataError, RegistryError
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
-from sentiment.registry import Registry
+from sentiment.registry import Registry, from_parquet
 from sentiment.repository import find_repository
 
 PREPARED = Path("data/prepared")
@@ -64,7 +63,7 @@ def production_reviews(stage: str) -> pd.DataFrame | None:
         version = registry.in_stage(stage)
         if version is None:
             return None
-        return pd.read_parquet(io.BytesIO(registry.read(version, str(PREPARED / "train.parquet"))))
+        return from_parquet(registry.read(version, str(PREPARED / "train.parquet")))
     except RegistryError as error:
         log.warning("drift is not measured: %s", error)
         return None

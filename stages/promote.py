@@ -5,7 +5,6 @@ To:   metrics/promotion.json; with a promotion also a snapshot commit and two gi
 Run:  dvc repro promote (by hand it would tag what dvc.lock last recorded, not what lies in the folders)
 """
 
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sentiment.errors import ParamsError, RegistryError
 from sentiment.files import read_json, write_json
 from sentiment.gates import judge
 from sentiment.logs import first_line, run_stage
-from sentiment.registry import ARTIFACT, Registry, Version
+from sentiment.registry import ARTIFACT, Registry, Version, from_parquet
 from sentiment.repository import find_repository
 
 SCORES = Path("metrics/test.json")
@@ -101,7 +100,7 @@ def production_answers(
     By the predictions stored with it if they are of the same reviews, else by scoring the production model on them. Raises
     RegistryError if it tells other classes, or if neither is to be had.
     """
-    stored = pd.read_parquet(io.BytesIO(registry.read(version, str(PREDICTIONS))))
+    stored = from_parquet(registry.read(version, str(PREDICTIONS)))
     told = [name.removeprefix("probability_") for name in stored if name.startswith("probability_")]
     if set(told) != set(names):
         raise RegistryError(
@@ -135,7 +134,7 @@ def has_learnt(
     Where it read other columns, a title more, say, the longest part of a text tells.
     """
     parts = [registry.read(version, f"data/prepared/{split}.parquet") for split in ("train", "validation")]
-    known = pd.concat(pd.read_parquet(io.BytesIO(part), columns=["review_id", "text"]) for part in parts)
+    known = pd.concat(from_parquet(part, columns=["review_id", "text"]) for part in parts)
     found = review_ids.isin(known["review_id"])
     try:
         read = Inference.load(folder).text

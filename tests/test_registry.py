@@ -2,13 +2,15 @@
 
 import io
 import json
+import sys
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
 from sentiment.errors import RegistryError
-from sentiment.registry import Registry, Version, resolve
+from sentiment.registry import Registry, Version, from_parquet, resolve
 from sentiment.repository import find_repository
 from stages import promote
 
@@ -180,3 +182,18 @@ def test_a_rollback_by_gto_is_what_the_next_model_is_compared_with(two_versions,
     decision = two_versions.decision()
     assert (decision["production_version"], decision["production"]) == ("v1.0.0", 0.8)
     assert (decision["version"], decision["tag"]) == ("v1.2.0", "sentiment#production#4")
+
+
+def test_a_table_in_memory_is_read_without_a_hold_on_its_bytes_that_a_thread_could_let_go_of_at_exit(monkeypatch):
+    written = io.BytesIO()
+    pd.DataFrame({"text": ["bom", "ruim"], "label": [1, 0]}).to_parquet(written)
+    content, holders, read = written.getvalue(), [], pq.read_table
+    free = sys.getrefcount(content)
+
+    def counts(*args, **options):
+        holders.append(sys.getrefcount(content))
+        return read(*args, **options)
+
+    monkeypatch.setattr(pq, "read_table", counts)
+    assert from_parquet(content, columns=["text"]).to_dict("list") == {"text": ["bom", "ruim"]}
+    assert holders and holders[0] <= free + 1  # the argument of from_parquet
