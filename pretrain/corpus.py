@@ -37,8 +37,8 @@ def main() -> None:
         files = {name: pq.ParquetWriter(part / f"{name}.parquet", SCHEMA, compression="zstd") for name in ("train", "held_out")}
         rows: dict[str, list[dict[str, str | int]]] = {name: [] for name in files}
         for file in settings.files:
-            for piece in texts(file, settings, left_out, seen, counts):
-                name = "held_out" if is_held_out(piece, settings.held_out) else "train"
+            for piece, held_out in texts(file, settings, left_out, seen, counts):
+                name = "held_out" if held_out else "train"
                 counts[name] += 1
                 rows[name].append({"text": piece, "repeat": file.repeat if name == "train" else 1})
                 if len(rows[name]) == CHUNK:
@@ -73,20 +73,25 @@ def texts(
     left_out: Container[bytes],
     seen: set[bytes],
     counts: Counter[str],
-) -> Iterator[str]:
-    """The cleaned texts of a file that were not seen before, in pieces of at most corpus.max_words; counts what is left out."""
+) -> Iterator[tuple[str, bool]]:
+    """The cleaned texts of a file that were not seen before, in pieces, and whether they are to be held out.
+
+    A piece has corpus.min_words to corpus.max_words words. Texts that are left out are counted. All pieces of a text are held
+    out, or none.
+    """
     for value in lines(file):
         counts["read"] += 1
         cleaned = text.clean(value)
         mark = digest(text.key(cleaned))
-        if len(cleaned.split()) < settings.min_words:
-            counts["too_short"] += 1
-        elif mark in left_out or mark in seen:
+        if mark in left_out or mark in seen:
             counts["excluded" if mark in left_out else "repeated"] += 1
-            seen.add(mark)
+        elif len(cleaned.split()) < settings.min_words:
+            counts["too_short"] += 1
         else:
-            seen.add(mark)
-            yield from pieces(cleaned, settings.max_words)
+            held_out = is_held_out(cleaned, settings.held_out)
+            found = pieces(cleaned, settings.max_words)
+            yield from ((piece, held_out) for piece in found if len(piece.split()) >= settings.min_words)
+        seen.add(mark)
 
 
 def lines(file: pretraining_params.File) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from sentiment import pretraining, pretraining_models, pretraining_params
+from sentiment import checkpoint, pretraining, pretraining_models, pretraining_params
 from sentiment.classifier import pick_device
 from sentiment.files import atomic, remove, sha256, write_json
 from sentiment.live import recorder, show
@@ -58,8 +58,9 @@ def main() -> None:
 
 
 def fingerprint(settings: pretraining_params.Params) -> str:
-    """What decides a run's result: parameters, data and code."""
+    """What decides a run's result: parameters, checkpoint, data and code."""
     parts: list[Any] = [settings.model_dump(), torch.__version__, PartialState().num_processes]
+    parts += checkpoint.files(settings.model)
     parts += [sha256(path) for path in sorted(TOKENS.rglob("*")) if path.is_file()]
     parts += [sha256(path) for path in sorted([Path(__file__), *Path(pretraining.__file__).parent.glob("*.py")])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -79,6 +80,7 @@ def save(
     found = {
         "tokens_seen": result.tokens,
         "seconds": round(result.seconds, 1),
+        "share_of_peak": round(result.share_of_peak, 4) if result.share_of_peak else None,
         "pseudo_perplexity": round(perplexity, 3),
     } | {name: value for name, value in result.history[-1].items() if name.startswith("held_out")}
     write_json(METRICS, found)

@@ -55,6 +55,15 @@ def failure(settings: Model, error: Exception) -> CheckpointError:
     )
 
 
+def files(settings: Model) -> list[tuple[str, int, int]]:
+    """The files of a checkpoint's folder: name, bytes and time of change in ns; none of a Hub name's, which has a revision."""
+    folder = Path(settings.checkpoint or "")
+    if settings.checkpoint is None or not folder.is_dir():
+        return []
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+
+
 def commit(settings: Model) -> str | None:
     """The commit of the Hub that the checkpoint's files are of, or None for a folder or a BERT from scratch."""
     if settings.checkpoint is None or Path(settings.checkpoint).is_dir():
@@ -170,17 +179,20 @@ def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max
         )
     except Exception as error:
         raise failure(settings, error) from error
-    longest = getattr(model.config, "max_position_embeddings", max_length) // LENGTH_STEP * LENGTH_STEP
+    check_sizes(settings, model.config, tokenizer, "tokenize.max_length", max_length)
+    return model
+
+
+def check_sizes(settings: Model, config: Any, tokenizer: Tokenizer, key: str, max_length: int) -> None:
+    """Raise CheckpointError if a checkpoint takes no sequence of as many tokens as `key` says, or not all of its tokenizer's."""
+    longest = getattr(config, "max_position_embeddings", max_length) // LENGTH_STEP * LENGTH_STEP
     if max_length > longest:
+        raise CheckpointError(f"{key} is {max_length}, but {settings.checkpoint} takes at most {longest} tokens; lower it")
+    if tokenizer.get_vocab_size() > config.vocab_size:
         raise CheckpointError(
-            f"tokenize.max_length is {max_length}, but {settings.checkpoint} takes at most {longest} tokens; lower it"
-        )
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise CheckpointError(
-            f"{settings.checkpoint} has {model.config.vocab_size} embeddings for {tokenizer.get_vocab_size()} tokens: its "
+            f"{settings.checkpoint} has {config.vocab_size} embeddings for {tokenizer.get_vocab_size()} tokens: its "
             "weights and its tokenizer do not belong together"
         )
-    return model
 
 
 def no_progress_bars() -> None:

@@ -45,23 +45,27 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None
 
 
-def step_flops(model: Any, lengths: np.ndarray, wanted: float | None = None) -> float:
+def step_flops(model: Any, lengths: np.ndarray, wanted: float | None = None, asking: float | None = None) -> float:
     """Operations to train on reviews of these lengths in tokens, forward and backward, padding not counted.
 
     6 for each token and each weight of a matrix that it is multiplied with, and 12 * layers * hidden_size * length for each
     token's attention (Chowdhery et al. 2022, PaLM, appendix B). `wanted` is the number of tokens that the last layer and the
-    head are computed for, all if it is not given; the last layer's keys and values are always those of all.
+    head are computed for, all if it is not given; the last layer's keys and values are always those of all, and its queries and
+    their attention those of `asking` tokens, `wanted` if it is not given. The token embeddings are counted as no matrix.
     """
     config = model.config
     tokens, last = float(lengths.sum()), f"encoder.layer.{config.num_hidden_layers - 1}."
+    wanted = tokens if wanted is None else wanted
+    asking = wanted if asking is None else asking
     counted = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "embeddings" in name:
             continue
         body = "encoder." in name and (last not in name or ".key." in name or ".value." in name)
-        counted += parameter.numel() * (tokens if body or wanted is None else wanted)
+        queries = last in name and ".query." in name
+        counted += parameter.numel() * (tokens if body else asking if queries else wanted)
     attention = 12.0 * config.hidden_size * np.square(lengths, dtype=np.float64).sum()
-    layers = config.num_hidden_layers - 1 + (1.0 if wanted is None else wanted / tokens)
+    layers = config.num_hidden_layers - 1 + asking / tokens
     return float(6 * counted + attention * layers)
 
 

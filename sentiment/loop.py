@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from sentiment.classifier import pick_device
-from sentiment.devices import keep_freed_memory, native_precision, peak_flops, step_flops
+from sentiment.devices import keep_freed_memory, native_precision, peak_flops
 from sentiment.errors import TrainingError
 from sentiment.feed import Feed, Inputs, Shape
 from sentiment.files import read_json, remove, write_json
@@ -136,7 +136,6 @@ class Loop(ABC):
     """
 
     kind_of_progress = Progress
-    passes = 1  # forward and backward of each batch
 
     def __init__(
         self, base: Any, module: torch.nn.Module, train: Feed, settings: Steps, ready: tuple[Accelerator, str],
@@ -222,8 +221,8 @@ class Loop(ABC):
         return self.shape is not None and self.fits(rows, self.shape)
 
     @abstractmethod
-    def wanted(self, lengths: np.ndarray) -> float | None:
-        """The tokens of reviews of these lengths that the last layer is computed for; None: all of them."""
+    def flops(self, lengths: np.ndarray) -> float:
+        """Operations that learning from rows of these lengths in tokens takes, padding not counted; see step_flops."""
 
     @abstractmethod
     def validate(self, steps: int) -> None:
@@ -280,8 +279,10 @@ class Loop(ABC):
     def train_step(self, micro_batches: list[np.ndarray]) -> None:
         """One optimizer step, counted, with a line in the log where one is due."""
         loss = self.step(micro_batches)
+        lengths = [self.feed.lengths[rows] for rows in micro_batches]
         self.progress.step, self.progress.batch = self.progress.step + 1, self.progress.batch + 1
-        self.window.add(loss, [self.feed.lengths[rows] for rows in micro_batches], self.computed(micro_batches))
+        self.progress.tokens += int(sum(each.sum() for each in lengths))
+        self.window.add(loss, lengths, self.computed(micro_batches))
         if self.progress.step % self.settings.log_every == 0:
             self.report()
 
@@ -341,14 +342,13 @@ class Loop(ABC):
         seconds = time.perf_counter() - window.start
         learning_rate = self.settings.lr * rate(progress.step - 1, self.total, self.settings)
         lengths = np.concatenate(window.lengths)
-        flops = self.passes * step_flops(self.base, lengths, self.wanted(lengths)) / seconds / self.accelerator.num_processes
+        flops = self.flops(lengths) / seconds / self.accelerator.num_processes
         share = f"{flops / self.peak:.1%} of peak" if self.peak else f"peak of this {self.device.type} unknown"
         padding = 100 * (1 - lengths.sum() / window.computed)
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  %.0f tokens/s  padding %.1f%%  %s",
             progress.step, self.total, loss, learning_rate, lengths.sum() / seconds, padding, share,
         )  # fmt: skip
-        progress.tokens += int(lengths.sum())
         self.point({"train/loss": loss, "train/lr": learning_rate})
         self.window = Window(self.device)
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from sentiment import pretraining_params as params
 from sentiment.bert import Layout, PaddedBert, VarlenBert
-from sentiment.devices import describe
+from sentiment.devices import describe, step_flops
 from sentiment.errors import CheckpointError
 from sentiment.feed import Feed, Inputs, Shape
 from sentiment.loop import LogMetrics, Loop
@@ -33,7 +33,7 @@ from sentiment.tokens import Tokens
 
 DETECTION_WEIGHT = 50.0  # of the loss of telling replaced tokens, beside the generator's (Clark et al. 2020, table 6)
 SHOWN_AS_IS, SHOWN_AS_ANOTHER = 0.1, 0.1  # shares of the hidden tokens that mlm does not show as [MASK] (Devlin et al. 2019)
-SENTIMENT_CHANCE = 0.2  # a word of sentiment is hidden before others whose drawn number is 5 times its own or more
+SENTIMENT_CHANCE = 0.2  # a word of sentiment is hidden before another unless that draws a number of less than a fifth of its own
 NEARLY = 0.02
 VALIDATION_TOKENS = 8192
 VALIDATION_SEED = 0
@@ -131,7 +131,7 @@ class MaskedModel(nn.Module):
 
     def __init__(self, model: Any, vocabulary: Vocabulary, packed: bool, sentiment_weight: float = 0.0) -> None:
         super().__init__()
-        self.reader = read(model, packed)
+        self.reader, self.whole = read(model, packed), [model]  # in a list, so that its weights count once
         self.head: Any = model.cls
         self.masking = Masking(vocabulary)
         self.of_sentiment = bool(vocabulary.sentiment.any())
@@ -154,6 +154,10 @@ class MaskedModel(nn.Module):
             counted = self.masking.of_sentiment(input_ids)[places]
             losses.append(self.from_first(logits[count:], layout, places, counted))
         return torch.stack(losses)
+
+    def flops(self, lengths: np.ndarray, hidden: float) -> float:
+        """Operations to learn from texts of these lengths, `hidden` of whose tokens are; see step_flops."""
+        return naming_flops(self.whole[0], lengths, hidden + len(lengths) * self.of_sentiment)
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Compile what a layer of the model does after its attention."""
@@ -179,6 +183,7 @@ class ReplacedTokens(nn.Module):
         self.reader = read(Holder(model), packed)
         self.generator = read(generator, packed)
         self.generator_head: Any = generator.cls
+        self.whole = [model, generator]
         width = model.config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.masking = Masking(vocabulary)
@@ -196,10 +201,23 @@ class ReplacedTokens(nn.Module):
         detection = functional.binary_cross_entropy_with_logits(found, (shown != input_ids).float(), reduction="none")
         return torch.stack([functional.cross_entropy(logits, input_ids[places]), (detection * counted).sum() / counted.sum()])
 
+    def flops(self, lengths: np.ndarray, hidden: float) -> float:
+        """Operations to learn from texts of these lengths, `hidden` of whose tokens the generator fills; see step_flops."""
+        model, generator = self.whole
+        head = sum(weight.numel() for weight in self.head.parameters() if weight.ndim > 1)
+        return naming_flops(generator, lengths, hidden) + step_flops(model.encoder, lengths) + 6.0 * head * float(lengths.sum())
+
     def compile(self, *_: Any, **__: Any) -> None:
         """Compile what a layer of the model and of its generator does after its attention."""
         self.reader.compile()
         self.generator.compile()
+
+
+def naming_flops(model: Any, lengths: np.ndarray, named: float) -> float:
+    """Operations to train a BertForMaskedLM to name `named` tokens of texts of these lengths, the last layer asked by all."""
+    config = model.config
+    head = 6.0 * config.vocab_size * config.hidden_size * named
+    return step_flops(model, lengths, named, float(lengths.sum())) + head
 
 
 class Holder(nn.Module):
@@ -243,13 +261,17 @@ def draw(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Result(NamedTuple):
-    """How the epochs went, the tokens that were seen, and what it ran on."""
+    """How the epochs went, the tokens that were seen, what it ran on, and the share of its peak, where that is known.
+
+    `seconds` and the share are of the whole training, with the losses on held-out texts after every epoch.
+    """
 
     history: list[dict[str, float]]
     tokens: int
     device: str
     precision: str
     seconds: float
+    share_of_peak: float | None
 
 
 class Pretraining(Loop):
@@ -270,15 +292,17 @@ class Pretraining(Loop):
         """Train to the end."""
         self.train()
         done = self.progress
-        return Result(done.history, done.tokens, describe(self.device), self.precision, done.seconds)
+        flops = self.settings.epochs * self.flops(self.feed.lengths) / done.seconds / self.accelerator.num_processes
+        share = flops / self.peak if self.peak else None
+        return Result(done.history, done.tokens, describe(self.device), self.precision, done.seconds, share)
 
     def weight(self, rows: np.ndarray) -> float:
         """Tokens of some texts, [CLS] and [SEP] not counted."""
         return maskable(self.feed, rows)
 
-    def wanted(self, lengths: np.ndarray) -> float | None:
-        """The hidden tokens, if nothing is asked of the others."""
-        return self.settings.mask * float((lengths - 2).sum()) if isinstance(self.module, MaskedModel) else None
+    def flops(self, lengths: np.ndarray) -> float:
+        """Operations that learning from texts of these lengths takes, with what names their hidden tokens."""
+        return self.module.flops(lengths, self.settings.mask * float((lengths - 2).sum()))
 
     def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
         """Some texts, how many of their tokens are hidden, and their weight.
@@ -346,10 +370,13 @@ def feeds(tokens: tuple[Tokens, Tokens], pad_id: int, packed: bool, device: torc
 def pseudo_perplexity(
     reader: VarlenBert | PaddedBert, head: nn.Module, feed: Feed, mask_id: int, texts: int, budget: int
 ) -> float:
-    """Exp of the mean cross-entropy of every token of the first `texts` texts, each hidden alone (Salazar et al. 2020)."""
+    """Exp of the mean cross-entropy of every token of `texts` texts, each hidden alone (Salazar et al. 2020).
+
+    The texts are drawn from all of the feed's, the same for the same feed, since those of one file stand together.
+    """
     reader.eval(), head.eval()
     total, number = 0.0, 0
-    for row in range(min(texts, len(feed.lengths))):
+    for row in np.random.default_rng(VALIDATION_SEED).permutation(len(feed.lengths))[:texts].tolist():
         length = int(feed.lengths[row])
         hidden_places = np.arange(1, length - 1)
         for chunk in np.array_split(hidden_places, max(1, math.ceil(length * len(hidden_places) / budget))):

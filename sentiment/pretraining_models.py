@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from sentiment.bert import PaddedBert, VarlenBert
-from sentiment.checkpoint import arguments, failure, no_progress_bars, small_config
+from sentiment.checkpoint import arguments, check_sizes, failure, no_progress_bars, small_config
 from sentiment.classifier import pick_device
 from sentiment.devices import native_precision
 from sentiment.errors import CheckpointError, TrainingError
@@ -62,8 +62,7 @@ def masked_bert(settings: Params, tokenizer: Tokenizer, layers: int | None = Non
         raise CheckpointError(
             f"{settings.model.checkpoint} is a {model.config.model_type}; pre-training goes on from a BERT only"
         )
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise CheckpointError(f"{settings.model.checkpoint}: its weights and its tokenizer do not belong together")
+    check_sizes(settings.model, model.config, tokenizer, "tokens.max_length", settings.tokens.max_length)
     return model
 
 

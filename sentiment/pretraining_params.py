@@ -13,7 +13,7 @@ PATH = Path("pretrain/params.yaml")
 class File(Section):
     path: Text
     column: Text | None = None
-    repeat: Count = 1
+    repeat: Annotated[int, Field(ge=1, le=32_767)] = 1
 
 
 class Corpus(Section):

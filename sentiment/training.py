@@ -21,11 +21,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from sentiment import metrics
+from sentiment import checkpoint, metrics
 from sentiment.bert import can_pack, packs, reader
 from sentiment.calibration import probabilities
 from sentiment.classifier import logits
-from sentiment.devices import describe
+from sentiment.devices import describe, step_flops
 from sentiment.errors import TrainingError
 from sentiment.feed import Feed, Inputs, Shape, forward
 from sentiment.files import atomic, sha256
@@ -43,9 +43,7 @@ def fingerprint(settings: Params, files: Iterable[Path], *more: Any) -> str:
     """What decides a run's result: parameters, files (data and the stage's code), our code, versions, devices; and what else."""
     parts: list[Any] = [settings.model.model_dump(), settings.train.model_dump(), list(settings.prepare.labels), *more]
     parts += [sha256(path) for path in sorted([*files, *Path(__file__).parent.glob("*.py")])]
-    if settings.model.checkpoint and Path(settings.model.checkpoint).is_dir():
-        found = sorted(path for path in Path(settings.model.checkpoint).iterdir() if path.is_file())
-        parts += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    parts += checkpoint.files(settings.model)
     parts += [versions(), str(PartialState().device), PartialState().num_processes, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -118,7 +116,6 @@ class FineTuning(Loop):
         weights = class_weights(np.bincount(train.labels, minlength=len(names)), settings, names)
         self.review_weights = weights[train.labels]
         self.weights = torch.from_numpy(weights).to(self.device)
-        self.passes = 2 if settings.adversarial else 1
 
     def run(self) -> Result:
         """Train to the end, or to the last epoch worth it; leaves the best epoch's weights in the model."""
@@ -136,9 +133,13 @@ class FineTuning(Loop):
         """The sum of the weights of some reviews."""
         return float(self.review_weights[rows].sum())
 
-    def wanted(self, lengths: np.ndarray) -> float | None:
-        """One token a review, if the forward is this project's."""
-        return float(len(lengths)) if can_pack(self.base) else None
+    def flops(self, lengths: np.ndarray) -> float:
+        """Operations that learning from reviews of these lengths takes, twice as many if each is learnt once more.
+
+        The last layer is computed for one token a review, if the forward is this project's.
+        """
+        wanted = float(len(lengths)) if can_pack(self.base) else None
+        return (2 if self.settings.adversarial else 1) * step_flops(self.base, lengths, wanted)
 
     def inputs(self, rows: np.ndarray, shape: Shape | None = None) -> Inputs:
         """Some reviews and their labels."""

@@ -10,6 +10,11 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+PRETRAINING = YAML(typ="safe", pure=True).load(ROOT / "pretrain" / "dvc.yaml")["stages"]
+FILES = {name: (f"stages/{name}.py", stage) for name, stage in STAGES.items()}
+FILES |= {
+    f"pretrain:{name}": (stage["cmd"].split("-m ")[1].replace(".", "/") + ".py", stage) for name, stage in PRETRAINING.items()
+}
 WITHOUT_INFLUENCE = {"errors", "files", "logs", "params", "__init__"}  # on a result; params.yaml's values are deps of their own
 
 
@@ -86,11 +91,11 @@ def test_every_stage_is_a_module_and_every_module_a_stage():
     assert all(f"-m stages.{name}" in stage["cmd"] for name, stage in STAGES.items())
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_stage_runs_again_when_its_code_changes(name):
-    used = {ROOT / "stages" / f"{name}.py"}
-    used |= {file for file in reached(ROOT / "stages" / f"{name}.py") if file.stem not in WITHOUT_INFLUENCE}
-    assert {str(file.relative_to(ROOT)) for file in used} - set(STAGES[name]["deps"]) == set()
+    file, stage = FILES[name]
+    used = {ROOT / file} | {each for each in reached(ROOT / file) if each.stem not in WITHOUT_INFLUENCE}
+    assert {str(each.relative_to(ROOT)) for each in used} - set(stage["deps"]) == set()
 
 
 @pytest.mark.parametrize("name", STAGES)

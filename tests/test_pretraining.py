@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertForMaskedLM
 
 import models
@@ -111,7 +113,7 @@ def test_it_learns_and_an_interrupted_run_ends_with_the_weights_of_a_whole_one(t
     step = first.step
 
     def interrupting(rows):
-        if first.progress.step == 6:
+        if first.progress.step == 7:  # and two more since the last line of the log
             signal.raise_signal(signal.SIGINT)
         return step(rows)
 
@@ -119,7 +121,7 @@ def test_it_learns_and_an_interrupted_run_ends_with_the_weights_of_a_whole_one(t
     with pytest.raises(KeyboardInterrupt):
         first.run()
     second, _, again = run_in(tmp_path / "cut", objective=objective)
-    second.run()
+    assert second.run().tokens == result.tokens
     assert [step for step, _ in again] == [step for step, _ in points]
     assert saved(second.module) == saved(whole.module)
 
@@ -229,7 +231,7 @@ def test_pseudo_perplexity_is_that_of_each_token_hidden_alone(tmp_path):
     model, mask = loop.base.eval(), tokenizer.token_to_id("[MASK]")
     assert isinstance(model, BertForMaskedLM)
     expected, number = 0.0, 0
-    for row in range(3):
+    for row in np.random.default_rng(0).permutation(len(loop.held_out.lengths))[:3]:
         ids = loop.held_out.batch(np.array([row])).inputs["input_ids"]
         for place in range(1, ids.shape[1] - 1):
             hidden = ids.clone()
@@ -256,6 +258,28 @@ def test_a_checkpoint_that_cannot_be_loaded_is_said(tmp_path):
     _, tokenizer, _ = run_in(tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.checkpoint"):
         pretraining_models.build(settings({"checkpoint": str(tmp_path)}), tokenizer)
+
+
+def test_a_checkpoint_that_takes_no_texts_as_long_as_those_is_said(tmp_path):
+    first, tokenizer, _ = run_in(tmp_path)
+    first.base.save_pretrained(tmp_path / "model")
+    values = settings({"checkpoint": str(tmp_path / "model")}).model_dump() | {"tokens": {"max_length": 64}}
+    asked = pretraining_params.Params.model_validate(values)
+    with pytest.raises(CheckpointError, match=r"tokens\.max_length is 64, but .* takes at most 32 tokens"):
+        pretraining_models.build(asked, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "train", [{"sentiment_weight": 0.0}, {"sentiment_weight": 0.5, "sentiment_words": WORDS}, {"objective": "rtd"}]
+)
+def test_the_operations_of_a_step_are_those_that_torch_counts(tmp_path, train):
+    """A backward pass has twice the operations of the forward pass."""
+    loop, _, _ = run_in(tmp_path, **{"objective": "mlm"} | train)
+    rows = np.flatnonzero(loop.feed.lengths == 12)[:6]
+    assert len(rows) == 6
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loop.losses(loop.module.eval(), loop.feed, rows)
+    assert loop.flops(loop.feed.lengths[rows]) == pytest.approx(3 * counter.get_total_flops())
 
 
 def test_texts_are_cut_between_sentences_and_inside_one_only_if_it_is_too_long():
@@ -309,6 +333,28 @@ def test_no_text_to_be_tested_on_is_learnt_from_and_none_twice(project):
     assert {name: written[name] for name in (*counted, "to_exclude")} == counted | {"to_exclude": len(left_out)}
 
 
+def test_a_long_text_is_held_out_whole_or_not_at_all_and_leaves_no_piece_that_is_too_short(project):
+    values, _ = project
+    values["corpus"] |= {"max_words": 10, "min_words": 3, "held_out": 0.5}
+    write(values)
+    long = [f"{' '.join(f'a{k}' for k in range(9))} b{n}. c{n}. {' '.join(f'd{k}' for k in range(9))} b{n}" for n in range(40)]
+    Path("texts.txt").write_text("\n".join(long))
+    corpus.main()
+    found = {name: [row["text"].split()[-1].strip(".") for row in read(name)] for name in ("train", "held_out")}
+    assert all(len(row["text"].split()) == 10 for name in found for row in read(name))
+    assert sorted(found["train"] + found["held_out"]) == sorted(2 * [f"b{n}" for n in range(40)])
+    assert set(found["train"]).isdisjoint(found["held_out"])
+
+
+def test_a_short_text_to_be_tested_on_counts_as_one_that_the_files_have(project):
+    pq.write_table(pa.table({"text": ["Uma!"]}), "test.parquet")
+    corpus.main()
+    assert {name: json.loads(corpus.METRICS.read_text())[name] for name in ("to_exclude", "excluded")} == {
+        "to_exclude": 1,
+        "excluded": 1,
+    }
+
+
 def test_a_text_to_be_tested_on_is_not_learnt_without_its_title_either(project):
     _, texts = project
     pq.write_table(pa.table({"text": [f"Oi - {value}" for value in texts[:50]]}), "test.parquet")
@@ -326,7 +372,8 @@ def test_texts_that_parquet_holds_as_bytes_are_learnt_from_too(project):
         values["corpus"]["files"] = [{"path": "a.parquet", "column": "text", "repeat": 1}]
         write(values)
         corpus.main()
-        assert {text.key(row["text"]) for row in read("train")} <= {text.key(value) for value in texts}
+        found = {text.key(row["text"]) for row in read("train") + read("held_out")}
+        assert found == {text.key(value) for value in texts} - {text.key(value) for value in texts[:50]}
 
 
 def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypatch):
@@ -353,6 +400,7 @@ def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypa
         ({"files": [{"path": "numbers.parquet", "column": "n"}]}, DataError, "column n is of type int64, which is no text"),
         ({"files": [{"path": "numbers.parquet", "column": "b"}]}, DataError, "column b holds bytes that are not UTF-8"),
         ({"exclude": ["none.parquet"]}, DataError, "dvc repro prepare"),
+        ({"files": [{"path": "texts.txt", "repeat": 40_000}]}, ParamsError, "repeat.*32767"),
         ({"min_words": 0}, ParamsError, r"corpus\.min_words.*-S pretrain/params.yaml:KEY=VALUE"),
     ],
 )

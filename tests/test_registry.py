@@ -196,4 +196,5 @@ def test_a_table_in_memory_is_read_without_a_hold_on_its_bytes_that_a_thread_cou
 
     monkeypatch.setattr(pq, "read_table", counts)
     assert from_parquet(content, columns=["text"]).to_dict("list") == {"text": ["bom", "ruim"]}
-    assert holders and holders[0] <= free + 1  # the argument of from_parquet
+    assert holders
+    assert holders[0] <= free + 1  # the argument of from_parquet
