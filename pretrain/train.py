@@ -18,11 +18,10 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from sentiment import checkpoint, pretraining, pretraining_models, pretraining_params
-from sentiment.classifier import pick_device
 from sentiment.files import atomic, remove, sha256, write_json
 from sentiment.live import recorder, show
 from sentiment.logs import run_stage, timed
-from sentiment.loop import accelerator_for, seed
+from sentiment.loop import accelerator_for, seed, state_of
 from sentiment.tokens import Tokens, load_tokenizer
 
 TOKENS = Path("data/pretraining/tokens")
@@ -35,7 +34,7 @@ log = logging.getLogger("stages.pretrain")
 
 def main() -> None:
     settings, started = pretraining_params.load(), datetime.now(UTC)
-    state = PartialState(cpu=pick_device(settings.train.device).type == "cpu")
+    state = state_of(settings.train)
     tokenizer = load_tokenizer(TOKENS / "tokenizer", settings.tokens.max_length)
     seed(settings.train.seed)
     with timed(log, "loading the model"):

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from sentiment.classifier import pick_device
@@ -37,6 +37,7 @@ from sentiment.replay import Replay
 log = logging.getLogger(__name__)
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once, as it should
 LAYER = re.compile(r"\blayers?\.(\d+)\.")  # in a parameter's name
+PROCESSES = re.compile(r"--num[-_]processes[= ](\d+)")
 LogMetrics = Callable[[int, dict[str, float]], None]
 
 
@@ -73,6 +74,18 @@ def accelerator_for(settings: Steps) -> tuple[Accelerator, str]:
     except ValueError as error:
         raise TrainingError(f"train.precision {precision} is not had on this device ({error}); set it to auto") from error
     return accelerator, precision
+
+
+def state_of(settings: Steps) -> PartialState:
+    """What processes train, on the wanted device; raises TrainingError if they are not as many as train.launcher asks for."""
+    state = PartialState(cpu=pick_device(settings.device).type == "cpu")
+    asked = PROCESSES.search(settings.launcher)
+    if asked and int(asked[1]) != state.num_processes:
+        raise TrainingError(
+            f"train.launcher asks for {asked[1]} processes, and {state.num_processes} runs; add --multi_gpu to `accelerate "
+            "launch`, which starts them on a CPU, too"
+        )
+    return state
 
 
 def rate(step: int, total: int, settings: Steps) -> float:
@@ -255,15 +268,18 @@ class Loop(ABC):
         progress, start = self.progress, time.perf_counter()
         self.model.train()
         steps = epoch_batches(self.feed, progress.epoch, self.settings)
+        self.window.start = time.perf_counter()
         for micro_batches in steps[progress.batch :]:
             self.train_step(micro_batches)
             bar.update()
             if progress.batch == len(steps) and self.window.steps:
                 self.report()
-            if self.interrupted or progress.step % self.settings.checkpoint_every == 0:
-                start = self.count_time(start)
+            stopped = self.is_told_to_stop(progress.batch == len(steps))
+            if stopped or progress.step % self.settings.checkpoint_every == 0:
+                start, before = self.count_time(start), time.perf_counter()
                 self.save()
-            if self.interrupted:
+                self.window.start += time.perf_counter() - before
+            if stopped:
                 log.warning("stopped with a checkpoint at step %d; `dvc repro` goes on from there", progress.step)
                 raise KeyboardInterrupt
         start = self.count_time(start)
@@ -275,6 +291,17 @@ class Loop(ABC):
         progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = progress.epoch + 1, 0, 0.0, 0.0
         progress.finished = self.is_last()
         self.save()
+
+    def is_told_to_stop(self, ends: bool) -> bool:
+        """Whether this process was told to stop or, where there are several, one of them: the same to all.
+
+        Several are asked only at a line of the log, where they exchange numbers anyway, or where an epoch `ends`.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.interrupted
+        if not ends and self.progress.step % self.settings.log_every:
+            return False
+        return self.reduce(torch.tensor(float(self.interrupted), device=self.device)) > 0
 
     def train_step(self, micro_batches: list[np.ndarray]) -> None:
         """One optimizer step, counted, with a line in the log where one is due."""
@@ -378,6 +405,7 @@ class Loop(ABC):
         self.accelerator.wait_for_everyone()
         self.progress.window_loss, self.progress.window_steps = self.reduce(self.window.loss), self.window.steps
         self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(part / "progress.json", asdict(self.progress))
             remove(target)
@@ -388,22 +416,36 @@ class Loop(ABC):
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Take up the last checkpoint of the same fingerprint, or start afresh and clear what another one left."""
+        """Take up the last checkpoint of the same fingerprint, or start afresh and clear what another one left.
+
+        The first process says which. Raises TrainingError where another one does not see the folder.
+        """
+        last = self.last_checkpoint() if self.accelerator.is_main_process else None
+        name = broadcast_object_list([last.name if last else None])[0]
+        if name is None and self.accelerator.is_main_process:
+            remove(self.folder)
+            self.folder.mkdir(parents=True)
+            (self.folder / "fingerprint").write_text(self.fingerprint)
+        self.accelerator.wait_for_everyone()
+        if not (self.folder / (name or "fingerprint")).exists():
+            raise TrainingError(
+                f"process {self.accelerator.process_index} does not see {self.folder} of the first one; run all of them in one "
+                "folder, on several machines in one that they share, over NFS for example"
+            )
+        if name:
+            self.accelerator.load_state(str(self.folder / name))
+            self.progress = self.kind_of_progress(**read_json(self.folder / name / "progress.json"))
+            self.resume_log()
+
+    def last_checkpoint(self) -> Path | None:
+        """The last checkpoint, if there is one of the same fingerprint."""
         mark = self.folder / "fingerprint"
         found = sorted(self.folder.glob("step-*"), key=lambda path: path.stat().st_mtime)
         if found and mark.is_file() and mark.read_text() == self.fingerprint:
-            self.accelerator.load_state(str(found[-1]))
-            self.progress = self.kind_of_progress(**read_json(found[-1] / "progress.json"))
-            self.resume_log()
-            return
+            return found[-1]
         if found:
             log.info("parameters, data, code or versions are not those of the last checkpoint: training starts afresh")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            remove(self.folder)
-            self.folder.mkdir(parents=True)
-            mark.write_text(self.fingerprint)
-        self.accelerator.wait_for_everyone()
+        return None
 
     def resume_log(self) -> None:
         """Show again what was logged before the interruption."""

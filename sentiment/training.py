@@ -44,7 +44,7 @@ def fingerprint(settings: Params, files: Iterable[Path], *more: Any) -> str:
     parts: list[Any] = [settings.model.model_dump(), settings.train.model_dump(), list(settings.prepare.labels), *more]
     parts += [sha256(path) for path in sorted([*files, *Path(__file__).parent.glob("*.py")])]
     parts += checkpoint.files(settings.model)
-    parts += [versions(), str(PartialState().device), PartialState().num_processes, torch.get_num_threads()]
+    parts += [versions(), PartialState().device.type, PartialState().num_processes, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from sentiment.classifier import pick_device
 from sentiment.files import atomic, read_json, remove, write_json
 from sentiment.live import recorder, show
 from sentiment.logs import run_stage, timed
-from sentiment.loop import seed
+from sentiment.loop import seed, state_of
 from sentiment.tokens import Tokens, load_tokenizer
 
 TOKENS = Path("data/tokens")
@@ -32,7 +32,7 @@ log = logging.getLogger("stages.train")
 
 def main() -> None:
     settings, started = params.load(), datetime.now(UTC)
-    state = PartialState(cpu=pick_device(settings.train.device).type == "cpu")
+    state = state_of(settings.train)
     if not state.is_main_process:  # one of several devices: the first one speaks for all
         logging.getLogger("sentiment").setLevel(logging.WARNING)
         log.setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ import models
 from sentiment import checkpoint, tokens, training
 from sentiment.errors import TrainingError
 from sentiment.files import read_json
-from sentiment.loop import parameter_groups, rate, seed
+from sentiment.loop import parameter_groups, rate, seed, state_of
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["negativo", "positivo"]
@@ -286,29 +286,77 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         loop.run()
 
 
-@pytest.mark.slow
-def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, pathlib, sys, test_training as t\n"
-        "from accelerate import PartialState\n"
-        "folder = pathlib.Path(sys.argv[1]) / str(PartialState(cpu=True).process_index)\n"
-        "loop, points = t.loop_in(folder, change=t.no_dropout, adversarial=0.5)\n"
-        "loop.folder = pathlib.Path(sys.argv[1]) / 'checkpoint'\n"
-        "loop.run()\n"
-        "if loop.accelerator.is_main_process: (pathlib.Path(sys.argv[1]) / 'points.json').write_text(json.dumps(points))\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+SCRIPT = """
+import json, pathlib, signal, sys, test_training as t
+from sentiment.loop import state_of
+folder, stop = pathlib.Path(sys.argv[1]), sys.argv[2:]
+state = state_of(t.models.settings().train)
+loop, points = t.loop_in(folder / str(state.process_index), change=t.no_dropout, adversarial=0.5)
+loop.folder = folder / "checkpoint" if stop != ["apart"] else loop.folder
+step, began = loop.step, []
+def interrupted(rows):
+    began.append(loop.progress.step)
+    if stop and stop[0].isdigit() and loop.progress.step == int(stop[0]) and state.process_index == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return step(rows)
+loop.step = interrupted
+try:
+    loop.run()
+except KeyboardInterrupt:
+    (folder / f"stopped-{state.process_index}").write_text(str(loop.progress.step))
+else:
+    if state.is_main_process:
+        (folder / "points.json").write_text(json.dumps([state.num_processes, began[0], points]))
+"""
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Trains in so many processes in a folder; returns how it ended, the first step, and the points of the loss curve."""
+    (tmp_path / "run.py").write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    curves = []
-    for processes in ("1", "2"):
-        folder = tmp_path / processes
-        command = [*launch, processes, "--main_process_port", "0", str(script), str(folder)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
-        curves.append(read_json(folder / "points.json"))
-    for (step, one), (same, two) in zip(*curves, strict=True):
-        assert step == same
-        assert one == pytest.approx(two, abs=2e-4)
+
+    def train(number, folder, *stop):
+        several = ["--multi_gpu"] if number > 1 else []
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(number)]
+        command = [*launch, "--main_process_port", "0", str(tmp_path / "run.py"), str(tmp_path / folder), *stop]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        found = tmp_path / folder / "points.json"
+        ran, began, points = read_json(found) if found.is_file() else (number, 0, [])
+        assert ran == number
+        return done, began, points
+
+    return train
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_loss_curve_of_one_and_go_on_where_one_of_them_was_stopped(processes, tmp_path):
+    alone, _, one = processes(1, "one")
+    together, _, two = processes(2, "two")
+    assert [alone.returncode, together.returncode] == [0, 0], alone.stderr + together.stderr
+    stopped, *_ = processes(2, "stopped", "4")
+    assert [(tmp_path / "stopped" / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["6", "6"], stopped.stderr
+    (last,) = (tmp_path / "stopped" / "checkpoint").glob("step-*")
+    assert {path.name for path in last.glob("random_states_*")} == {"random_states_0.pkl", "random_states_1.pkl"}
+    _, began, three = processes(2, "stopped")
+    assert began == 6
+    for (step, expected), *others in zip(one, two, three, strict=True):
+        for same, found in others:
+            assert step == same
+            assert found == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_share_no_folder_are_told(processes):
+    done, *_ = processes(2, "apart", "apart")
+    assert done.returncode != 0
+    assert "process 1 does not see" in done.stderr
+
+
+def test_fewer_processes_than_the_launcher_was_asked_for_are_an_error():
+    settings = models.settings(launcher="accelerate launch --num_processes 2").train
+    with pytest.raises(TrainingError, match=r"asks for 2 processes, and 1 runs; add --multi_gpu"):
+        state_of(settings)
 
 
 def no_dropout(model):
