@@ -5,10 +5,11 @@ it was trained on), `temperature`, `bias` and `threshold` (see sentiment/calibra
 config.json.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from sentiment.feed import Feed
 
 BATCH_TOKENS = 8192
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,33 @@ class Inference:
 
     @classmethod
     def load(cls, folder: Path) -> "Inference":
-        """Read a model folder's inference.json, an old one's `lowercase`, too; raises OSError, ValueError or TypeError."""
+        """Read a model folder's inference.json, an old one's `lowercase`, too; raises OSError, ValueError or TypeError.
+
+        A value that the model in the folder cannot be used with is a ValueError.
+        """
         values = read_json(folder / "inference.json")
         if "lowercase" in values:
             values["case"] = "lower" if values.pop("lowercase") else "as_written"
-        return cls(**values)
+        made = cls(**values)
+        made.check(read_json(folder / "config.json"))
+        return made
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise ValueError, naming the value, if it is of a wrong type or range, or does not fit the model's configuration."""
+        classes = len(config["id2label"])
+        longest = config.get("max_position_embeddings", self.max_length)
+        fits = {
+            "max_length": isinstance(self.max_length, int) and 2 < self.max_length <= longest,
+            "case": self.case in get_args(text.Case),
+            "text": isinstance(self.text, list) and all(isinstance(name, str) for name in self.text),
+            "temperature": is_number(self.temperature) and self.temperature > 0,
+            "threshold": self.threshold is None or (classes == 2 and is_number(self.threshold)),
+            "emoji": text.tells_emoji(self.emoji),
+            "bias": self.bias is None
+            or (isinstance(self.bias, list) and len(self.bias) == classes and all(map(is_number, self.bias))),
+        }
+        if wrong := [name for name, right in fits.items() if not right]:
+            raise ValueError(f"inference.json: {wrong[0]} cannot be {getattr(self, wrong[0])!r} for this model")
 
     def save(self, folder: Path) -> None:
         """Write inference.json."""

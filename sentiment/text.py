@@ -51,6 +51,15 @@ def tell_emoji(text: str, language: str | None) -> str:
     return " ".join(emoji.replace_emoji(text, words).split())
 
 
+def tells_emoji(language: str | None) -> bool:
+    """Whether emoji can be told in words of a language; None is not to tell them."""
+    if language is None:
+        return True
+    import emoji
+
+    return language in emoji.LANGUAGES
+
+
 def is_shouted(text: str) -> bool:
     """Whether a text is in capitals, most of it."""
     capitals = sum(map(str.isupper, text))

@@ -270,9 +270,17 @@ class Batcher:
             self.took = seconds
             complete = [request for (request, index), values in zip(picked, logits, strict=True) if request.keep(index, values)]
         if complete:
-            self.deliver(complete)
+            self.hand_over(complete)
         if self.observe:
             self.observe(len(picked), tokens, seconds)
+
+    def hand_over(self, complete: Sequence[Request]) -> None:
+        """Deliver requests that are complete; a defect in that is theirs, and not the end of this thread."""
+        try:
+            self.deliver(complete)
+        except Exception as error:
+            for request in complete:
+                self.give_up(request, error)
 
     def give_up(self, request: Request, error: Exception) -> None:
         """Take what is left of a failed request out of the line."""

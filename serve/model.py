@@ -17,7 +17,7 @@ from sentiment.logs import first_line
 from sentiment.tokens import load_tokenizer
 from serve.settings import Settings
 
-TRIAL = "Este produto é excelente! Recomendo muito."
+TRIAL = "Este produto é excelente! Recomendo muito. 😍"
 
 
 def most_lanes(settings: Settings) -> int:
@@ -74,10 +74,15 @@ class Model:
         return made
 
     def try_out(self) -> None:
-        """Classify a sentence; raises CheckpointError if the answer is none."""
-        reviews, _ = self.encode([TRIAL])
-        logits = self.logits(reviews)
-        if logits.shape != (1, len(self.labels)) or not np.isfinite(logits).all():
+        """Answer for a sentence, and for a text that is too long; raises CheckpointError if that is no answer."""
+        try:
+            reviews, cut = self.encode([TRIAL, f"{TRIAL} " * self.inference.max_length])
+            logits = self.logits(reviews)
+            answers = self.answers(logits, cut)
+        except Exception as error:
+            raise CheckpointError(f"{self.version} cannot answer for a sentence ({first_line(error)})") from error
+        sums = [sum(answer["probabilities"].values()) for answer in answers]
+        if logits.shape != (2, len(self.labels)) or not np.allclose(sums, 1.0, atol=1e-4):
             raise CheckpointError(f"{self.version} gives no probabilities for {len(self.labels)} classes to a sentence")
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:

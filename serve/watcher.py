@@ -11,7 +11,7 @@ from typing import Any
 
 from sentiment.conversion import QUICK
 from sentiment.errors import CheckpointError, ProjectError, RegistryError
-from sentiment.files import read_json, write_json
+from sentiment.files import read_json, remove, write_json
 from sentiment.registry import Registry
 from serve import metrics
 from serve.logs import event
@@ -66,11 +66,15 @@ class Watcher:
             self.wake.clear()
 
     def resume(self) -> None:
-        """Load at once what a process before this one served, if there was one: it died, and clients wait."""
+        """Load at once what a process before this one served, if there was one: it died, and clients wait.
+
+        Once: if this process dies of it before it has looked at the tags, the next one looks at them first.
+        """
         if not self.last.is_file():
             return
         try:
             prepared = read_json(self.last)
+            remove(self.last)
             self.take_over(self.loaded(prepared))
         except Exception as error:
             self.fail("the model served before cannot be loaded again", error)
@@ -164,6 +168,7 @@ class Watcher:
         """Serve what was prepared, unless it serves already."""
         if self.model and self.is_served(prepared):
             self.final = prepared["final"]
+            write_json(self.last, self.model.prepared)
             return
         model = self.load(prepared)
         self.take_over(model)

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from serve.batcher import BATCHES, Batcher, FullError, Request, filling, pick
+from serve.batcher import BATCHES, Batcher, FullError, Request, each_done, filling, pick
 
 
 class Doubling:
@@ -169,6 +169,26 @@ def test_what_a_batch_completes_is_delivered_together(model):
     batcher.close()
     assert model.batches == [[10, 11, 12, 30]]
     assert sorted([float(row[0]) for row in logits] for logits in found[0]) == [[20], [22, 60], [24]]
+
+
+def test_answers_that_cannot_be_delivered_fail_their_requests_and_not_the_next(model):
+    found = []
+
+    def deliver(requests):
+        found.append(len(requests))
+        if len(found) == 1:
+            raise ValueError("nada feito")
+        each_done(requests)
+
+    batcher = Batcher(places=64, deliver=deliver)
+    bad, good = Client(model, 10, 11), Client(model, 8)
+    batcher.submit(bad.request)
+    batcher.start()
+    assert isinstance(bad.wait(), ValueError)
+    batcher.submit(good.request)
+    assert good.wait()[0, 0] == 16
+    batcher.close()
+    assert len(bad.results) == 1
 
 
 def test_a_failing_model_fails_its_requests_and_not_the_next(batcher, model):

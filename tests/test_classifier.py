@@ -206,3 +206,24 @@ def test_a_device_that_is_not_there_is_named(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrainingError, match="no cuda device here"):
         Classifier.load(folder, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_length", 100_000), ("max_length", "64"), ("case", "upper"), ("text", "review_text"), ("temperature", 0),
+        ("temperature", "1.5"), ("temperature", float("nan")), ("threshold", "0.4"), ("emoji", "xx"), ("bias", [0.1, 0.2, 0.3]),
+        ("bias", [0.1, None]), ("bias", 0.1),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_be_used_with_is_said(copy, name, value):
+    inference = copy / "inference.json"
+    inference.write_text(json.dumps(json.loads(inference.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=rf"inference\.json: {name} cannot be"):
+        Classifier.load(copy, "cpu")
+
+
+def test_three_classes_have_no_threshold(tmp_path):
+    folder = build(tmp_path / "sentiment", THREE, threshold=0.4)
+    with pytest.raises(CheckpointError, match=r"inference\.json: threshold cannot be 0\.4"):
+        Classifier.load(folder, "cpu")

@@ -128,7 +128,7 @@ def test_members_that_belong_together_pass(folders):
         ("metadata.json", {"labels": ["positivo", "negativo"]}, "classes"),
         ("metadata.json", {"data": {"sha256": "b" * 64}}, "data"),
         ("metadata.json", {"params": {"prepare": {"test": 0.3}}}, "split of the data"),
-        ("inference.json", {"max_length": 64}, "way to read texts"),
+        ("inference.json", {"max_length": 16}, "way to read texts"),
         ("inference.json", {"emoji": "en"}, "way to read texts"),
     ],
 )

@@ -1,5 +1,6 @@
 """Which model the service answers with: what the tags name, also when they change under load, and never a broken one."""
 
+import json
 import signal
 import time
 from itertools import pairwise
@@ -109,10 +110,15 @@ def pickle_only(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
 
 
+def give_too_many_biases(folder):
+    inference = json.loads((folder / "inference.json").read_text())
+    (folder / "inference.json").write_text(json.dumps(inference | {"bias": [0.1, 0.2, 0.3]}))
+
+
 def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, engines, environment, tmp_path):
     with Service(tmp_path / "service", environment, repo=repository.path, cache=engines) as service, Load(service) as load:
         load.wait_for(5)
-        for k, damage in enumerate([cut_weights, make_not_finite, pickle_only]):
+        for k, damage in enumerate([cut_weights, make_not_finite, pickle_only, give_too_many_biases]):
             failures = metric(service, "sentiment_model_load_failures_total")
             promote(repository, 0.85 + k / 20, seed=2 + k, damage=damage)
             service.wait(lambda before=failures: metric(service, "sentiment_model_load_failures_total") > before, 60)
@@ -128,8 +134,8 @@ def test_broken_models_leave_the_old_one_serving_and_are_reported(repository, en
         go_back(repository, "v1.0.0")
         service.wait(lambda: service.get("/health")[2]["failure"] is None, 60)
         assert metric(service, "sentiment_model_failing") == 0
-        promote(repository, 1.0, seed=5)
-        service.wait(lambda: version_of(service) == "v1.4.0", 60)
+        promote(repository, 0.975, seed=6)
+        service.wait(lambda: version_of(service) == "v1.5.0", 60)
         assert metric(service, "sentiment_model_failing") == 0
 
 
