@@ -34,6 +34,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link(path: Path, target: str | Path) -> None:
+    """Make a symbolic link at `path` to what is at `target`: relative within this folder, so that the folder can be moved."""
+    inside = Path(target).resolve().is_relative_to(Path.cwd())
+    path.symlink_to(os.path.relpath(target, path.parent) if inside else Path(target).resolve())
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, whole or not at all."""
     with atomic(path) as part:

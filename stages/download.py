@@ -8,7 +8,6 @@ Run:  python -m stages.download
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sentiment import params, sources
+from sentiment import files, params, sources
 from sentiment.errors import DataError
 from sentiment.files import atomic, remove
 from sentiment.logs import run_stage
@@ -49,8 +48,7 @@ def link_source(source: str, link: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     remove(link)
     if not sources.is_remote(source) and Path(source).is_file():
-        inside = Path(source).resolve().is_relative_to(Path.cwd())
-        link.symlink_to(os.path.relpath(source, link.parent) if inside else Path(source).resolve())
+        files.link(link, source)
 
 
 def check_sha256(settings: params.Download, fetched: sources.Fetched) -> None:

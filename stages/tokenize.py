@@ -3,6 +3,7 @@
 From: data/prepared/{train,validation,test}.parquet, and the tokenizer of `model.checkpoint` (learnt here if there is none)
 To:   data/tokens/{train,validation,test}.safetensors, data/tokens/tokenizer/, metrics/tokens.json,
       metrics/plots/token_lengths.csv
+      data/checkpoint (links to the files of a checkpoint's folder: DVC follows them, so that a changed one runs this again)
 Run:  python -m stages.tokenize
 """
 
@@ -17,10 +18,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from sentiment import checkpoint, params, text, tokens
+from sentiment import checkpoint, files, params, text, tokens
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
 
+LINKS = Path("data/checkpoint")
+SHIPPED = Path("models/base")  # which is in git, and in dvc.yaml
 PREPARED = Path("data/prepared")
 TOKENS = Path("data/tokens")
 METRICS = Path("metrics/tokens.json")
@@ -28,6 +31,17 @@ LENGTHS = Path("metrics/plots/token_lengths.csv")
 SPLITS = ("train", "validation", "test")
 BIN = 8  # tokens a bar of the plot of lengths
 log = logging.getLogger("stages.tokenize")
+
+
+def link_checkpoint(settings: params.Model, folder: Path) -> None:
+    """Link the files of a checkpoint on disk into `folder`, in place of those of the one before; none of a Hub name's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_symlink():
+            path.unlink()
+    if settings.checkpoint and Path(settings.checkpoint).resolve() != SHIPPED.resolve():
+        for name, *_ in checkpoint.files(settings):
+            files.link(folder / name, Path(settings.checkpoint) / name)
 
 
 class Counts(NamedTuple):
@@ -51,6 +65,7 @@ class Texts:
 def main() -> None:
     settings = params.load()
     emoji = settings.tokenize.emoji
+    link_checkpoint(settings.model, LINKS)
     with atomic(TOKENS) as part:
         checkpoint.save_tokenizer(settings.model, Texts(PREPARED / "train.parquet", emoji), part / "tokenizer")
         tokenizer = tokens.load_tokenizer(part / "tokenizer", settings.tokenize.max_length)

@@ -1,18 +1,22 @@
 """Ragged tokens: what is written is what is read, in the smallest type, cut at max_length."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sentiment import tokens
+from sentiment import params, tokens
 from sentiment.checkpoint import save_word_piece, word_piece
 from sentiment.errors import CheckpointError, DataError
 from sentiment.text import clean
 from sentiment.tokens import Tokens, Writer, encode, encode_chunks, joined, load_tokenizer, ragged
+from stages import tokenize as stage
 from stages.tokenize import Texts, histogram, percentile, write
 
+ROOT = Path(__file__).parents[1]
 TEXTS = [
     "Chegou antes do prazo e funciona muito bem",
     "A tampa veio quebrada e ninguém responde",
@@ -201,3 +205,23 @@ def test_the_stage_reads_emoji_as_the_model_will(tokenizer_folder, tmp_path):
         expected = ragged(encode(tokenizer, [clean(value, emoji=emoji) for value in written]), np.array([1, 0, 0]), 300)
         np.testing.assert_array_equal(Tokens.load(tmp_path / "train.safetensors").input_ids, expected.input_ids)
         assert list(Texts(tmp_path / "train.parquet", emoji)) == [clean(value, emoji=emoji) for value in written]
+
+
+def test_a_checkpoint_s_files_are_linked_so_that_dvc_notices_their_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (
+        ("models/base/config.json", "{}"),
+        ("models/mine/config.json", "{}"),
+        ("data/checkpoint/README.md", ""),
+    ):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(content)
+    model = params.load(ROOT / "params.yaml").model
+    stage.link_checkpoint(model.model_copy(update={"checkpoint": "models/mine"}), stage.LINKS)
+    Path("models/mine/config.json").write_text('{"a": 1}')
+    assert (stage.LINKS / "config.json").read_text() == '{"a": 1}'
+    assert not (stage.LINKS / "config.json").readlink().is_absolute()
+    for name in ("models/base", None, "neuralmind/bert-base-portuguese-cased"):
+        stage.link_checkpoint(model.model_copy(update={"checkpoint": name}), stage.LINKS)
+        assert [path.name for path in stage.LINKS.iterdir()] == ["README.md"]
+        stage.link_checkpoint(model.model_copy(update={"checkpoint": str(tmp_path / "models/mine")}), stage.LINKS)
