@@ -36,7 +36,7 @@ def main() -> None:
     made.add_argument("--held-out", type=int, default=4000, metavar="N", help="default: 4000")
     made.add_argument("--epochs", type=int, default=3)
     made.add_argument("--seeds", type=int, default=5)
-    made.add_argument("--output", type=Path, default=Path("bench/order.md"))
+    made.add_argument("--output", type=Path, default=Path("bench/order-new.md"))
     options = made.parse_args()
     options.model = "small"
     with tempfile.TemporaryDirectory(prefix="bench-order-") as name:

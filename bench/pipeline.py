@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--output", type=Path, default=Path("bench/pipeline.md"), help="default: bench/pipeline.md")
+    made.add_argument("--output", type=Path, default=Path("bench/pipeline-new.md"), help="default: bench/pipeline-new.md")
     return made
 
 

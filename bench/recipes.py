@@ -299,6 +299,10 @@ def until(run: Run, f1: float, every: int, limit: float, epochs: int) -> dict[st
             if best >= f1 or took > limit:
                 break
             start = now(run.device)
+    else:
+        if reviews > looked:
+            took, best = took + now(run.device) - start, max(best, run.f1())
+            log.info("%s: %d reviews, %.1f s, macro-F1 %.4f", type(run).__name__, reviews, took, best)
     return {"reached": best >= f1, "f1_seconds": took, "f1_reviews": reviews, "best_f1": best}
 
 

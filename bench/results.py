@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from sentiment import calibration, checkpoint, metrics, params, tokens, training
+from sentiment import calibration, checkpoint, metrics, params, text, tokens, training
 from sentiment.classifier import logits
 from sentiment.feed import Feed
 from sentiment.files import atomic
@@ -58,7 +58,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--without", nargs="*", default=[], choices=[BASELINE, SCRATCH], help="ways to leave out")
     made.add_argument("--scratch-lr", type=float, default=5e-4, help="learning rate of `from scratch`; others have train.lr")
-    made.add_argument("--output", type=Path, default=Path("bench/results.md"))
+    made.add_argument("--output", type=Path, default=Path("bench/results-new.md"))
     options = made.parse_args()
     if len(options.sizes) != len(options.epochs):
         made.error("give --epochs a number for each of --sizes")
@@ -110,10 +110,11 @@ def fine_tuned(parts: dict[str, pd.DataFrame], settings: params.Params) -> Score
     """BERT, by the project's own steps."""
     names = list(settings.prepare.labels)
     with TemporaryDirectory(prefix="bench-results-") as folder:
-        checkpoint.save_tokenizer(settings.model, parts["train"]["text"].tolist(), Path(folder) / "tokenizer")
+        told = {name: [text.tell_emoji(value, settings.tokenize.emoji) for value in part["text"]] for name, part in parts.items()}
+        checkpoint.save_tokenizer(settings.model, told["train"], Path(folder) / "tokenizer")
         tokenizer = tokens.load_tokenizer(Path(folder) / "tokenizer", settings.tokenize.max_length)
         rows = {
-            name: tokens.ragged(tokens.encode(tokenizer, part["text"]), part["label"].to_numpy(), tokenizer.get_vocab_size())
+            name: tokens.ragged(tokens.encode(tokenizer, told[name]), part["label"].to_numpy(), tokenizer.get_vocab_size())
             for name, part in parts.items()
         }
         seed(settings.train.seed)
@@ -130,9 +131,11 @@ def fine_tuned(parts: dict[str, pd.DataFrame], settings: params.Params) -> Score
             feed = Feed(rows[name], run.device, run.feed.pad_id, run.feed.packed)
             with run.accelerator.autocast():
                 outputs = logits(run.module, feed, feed.in_order(settings.evaluate.batch_tokens), len(names))
-            found[name] = calibration.probabilities(outputs.float().cpu().numpy(), 1.0)
+            found[name] = outputs.float().cpu().numpy()
             seconds = time.perf_counter() - start
-    return Scored(found["validation"], found["test"], model.num_parameters(), result.seconds, seconds)
+    bias = calibration.fit_bias(found["validation"], parts["validation"]["label"].to_numpy().astype(int))
+    values = {name: calibration.probabilities(outputs, *(bias or (1.0, None))) for name, outputs in found.items()}
+    return Scored(values["validation"], values["test"], model.num_parameters(), result.seconds, seconds)
 
 
 def row(way: str, parts: dict[str, pd.DataFrame], found: Scored, settings: params.Params) -> str:

@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--engine", choices=list(PRECISIONS), default="openvino", help="of all but the naive one (default: openvino)"
     )
     made.add_argument("--precision", choices=PRECISIONS["openvino"], default="int8", help="of that engine (default: int8)")
-    made.add_argument("--output", type=Path, default=Path("bench/serve.md"), help="default: bench/serve.md")
+    made.add_argument("--output", type=Path, default=Path("bench/serve-new.md"), help="default: bench/serve-new.md")
     options = made.parse_args(arguments)
     if options.precision not in PRECISIONS[options.engine]:
         made.error(f"{options.engine} has no {options.precision}: use {' or '.join(PRECISIONS[options.engine])}")

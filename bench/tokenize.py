@@ -99,7 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     made.add_argument("--repeat", type=positive, metavar="N", help="so many reviews, the file's over and over (default: as is)")
     made.add_argument("--rounds", type=int, metavar="N", default=3, help="in which all take turns (default: 3; 0: none)")
     made.add_argument("--growth", type=positive, nargs="+", metavar="N", default=[], help="numbers of reviews for ours alone")
-    made.add_argument("--output", type=Path, default=Path("bench/tokenize.md"), help="default: bench/tokenize.md")
+    made.add_argument("--output", type=Path, default=Path("bench/tokenize-new.md"), help="default: bench/tokenize-new.md")
     return made.parse_args(arguments)
 
 

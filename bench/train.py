@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
             command = [sys.executable, "-m", "bench.train", *(arguments or sys.argv[1:]), "--run", recipe, "--folder", name]
             found[recipe] = child(command)
             log.info("%s: %s", NAMES[recipe], found[recipe])
-        page = heading(options, texts) + table(found, options)
-    with atomic(options.output) as part:
-        part.write_text(page, encoding="utf-8")
+            page = heading(options, texts) + table(found, options)
+            with atomic(options.output) as part:
+                part.write_text(page, encoding="utf-8")
     print(page)
     return None
 
@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     made.add_argument("--limit", type=float, default=600, metavar="S", help="seconds of training for --until-f1 (default: 600)")
     made.add_argument("--epochs", type=int, default=2, metavar="N", help="that the learning rate of --until-f1 is planned for")
     made.add_argument("--recipes", nargs="+", choices=list(NAMES), metavar="NAME", help="default: all; on a CPU all but compiled")
-    made.add_argument("--output", type=Path, default=Path("bench/train.md"), help="default: bench/train.md")
+    made.add_argument("--output", type=Path, default=Path("bench/train-new.md"), help="default: bench/train-new.md")
     made.add_argument("--run", help=argparse.SUPPRESS)
     made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = made.parse_args(arguments)

@@ -13,7 +13,7 @@ def write(metadata: dict[str, Any]) -> str:
 
 
 def header(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The card's metadata: language, base model, metrics on validation."""
+    """The card's metadata: language, base model and its licence, where that is known, metrics on validation."""
     base, data = metadata["base"], metadata["data"]
     results = [{"type": name, "value": round(metadata["validation"][name], 4)} for name in INTERVAL_FREE]
     dataset = {"type": "reviews", "name": data["source"], "split": "validation"}
@@ -22,6 +22,7 @@ def header(metadata: dict[str, Any]) -> dict[str, Any]:
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         **({"base_model": base["checkpoint"]} if base["checkpoint"] else {}),
+        **({"license": base["licence"]} if base.get("licence") else {}),
         "tags": ["sentiment-analysis", "product-reviews", "bert"],
         "model-index": [
             {
@@ -36,6 +37,7 @@ def body(metadata: dict[str, Any]) -> str:
     """The card's text."""
     data, base, best = metadata["data"], metadata["base"], metadata["best_epoch"]
     origin = f"`{base['checkpoint']}`" + (f" at `{base['revision']}`" if base["revision"] else "")
+    origin += f" (licence: {base['licence']})" if base.get("licence") else ""
     made = f"Fine-tuned from {origin if base['checkpoint'] else 'scratch (a small BERT)'}"
     if metadata["members"]:
         members = ", ".join(f"{each['model']} (weights `{each['sha256'][:12]}…`)" for each in metadata["members"])

@@ -73,6 +73,15 @@ def commit(settings: Model) -> str | None:
     return Path(hf_hub_download(settings.checkpoint, "config.json", revision=settings.revision)).parent.name
 
 
+def licence(settings: Model) -> str | None:
+    """What the model card of a checkpoint's folder says in its header; None where it says nothing, and for a Hub name."""
+    page = Path(settings.checkpoint or "") / "README.md"
+    if settings.checkpoint is None or not page.is_file():
+        return None
+    found = re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)\n(?:.*\n)*?---\n", page.read_text(encoding="utf-8"))
+    return found[1] if found else None
+
+
 def save_tokenizer(settings: Model, texts: Iterable[str], folder: Path) -> None:
     """Write the tokenizer to `folder` in the Hub's layout: the checkpoint's own, or one learnt from `texts`.
 

@@ -1,6 +1,7 @@
 """How many operations a device can do a second, and how many a step of training takes."""
 
 import ctypes
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 PEAKS = {
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
     "A10G": (70e12, 35e12),
@@ -22,6 +24,9 @@ PEAKS = {
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
 }
+
+
+PART = re.compile(r"\bMIG\b|\bLaptop\b")  # a share of a card, or a smaller one of the same name
 
 
 def native_precision(device: str) -> str:
@@ -38,9 +43,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's peak in operations a second, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device).replace("-", " ")
     for known, (half, single) in PEAKS.items():
-        if known in name.replace("-", " "):
+        if re.search(rf"\b{known}\b", name) and not PART.search(name):
             return single if precision == "fp32" else half
     return None
 

@@ -119,6 +119,7 @@ def describe_run(settings: params.Params, result: training.Result, scores: dict[
             "checkpoint": settings.model.checkpoint,
             "revision": settings.model.revision,
             "commit": checkpoint.commit(settings.model),
+            "licence": checkpoint.licence(settings.model),
         },
         "labels": list(settings.prepare.labels),
         "data": read_json(DATA),

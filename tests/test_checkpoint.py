@@ -192,3 +192,12 @@ def test_a_hub_name_loads_through_the_hubs_protocol(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     server.shutdown()
     assert done.stdout.strip() == COMMIT, done.stderr[-2000:]
+
+
+def test_a_checkpoint_s_licence_is_what_its_card_says(tmp_path):
+    asked = model_settings(checkpoint=str(tmp_path))
+    assert checkpoint.licence(asked) is None
+    (tmp_path / "README.md").write_text("---\nlanguage: pt\nlicense: cc-by-nc-sa-4.0\ntags: [bert]\n---\n\n# Um modelo\n")
+    assert checkpoint.licence(asked) == "cc-by-nc-sa-4.0"
+    (tmp_path / "README.md").write_text("# Um modelo\n\nlicense: mit\n")
+    assert checkpoint.licence(asked) is None

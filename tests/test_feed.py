@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, DistilBertCo
 
 from sentiment import tokens
 from sentiment.bert import CpuDropout, Layout, PaddedBert, VarlenBert, reader, small_attention, varlen, varlen_first
-from sentiment.devices import step_flops
+from sentiment.devices import peak_flops, step_flops
 from sentiment.feed import Feed, forward
 
 CPU = torch.device("cpu")
@@ -254,3 +254,17 @@ def test_what_is_no_bert_is_computed_by_its_own_forward():
     model = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=300, **sizes)).eval()
     assert reader(model, packed=False) is model
     assert forward(model, feed_of(ROWS, packed=False).batch(np.arange(3)).inputs).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12), ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA L40", None),
+        ("NVIDIA T400 4GB", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_card_itself_and_not_of_one_of_a_like_name(monkeypatch, name, half):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == half
