@@ -3,8 +3,8 @@
 Run: python -m bench.pipeline          some two minutes; nothing in this repository changes
 
 HEAD is cloned without its tags, and `dvc repro --force` runs there once, away from the user's settings. A program called python,
-first on PATH, times each stage's process; what a stage computed, its log says; imports are timed afterwards, each in a process of
-its own. At last the train stage runs once more with a timer around every call of DVCLive.
+first on PATH, times each stage's process, and has Python say how long each import took, those within functions, too. At last the
+train stage runs once more with a timer around every call of DVCLive.
 """
 
 import argparse
@@ -40,28 +40,22 @@ TIMES = 3  # of which the median counts
 TIMER = """#!{python} -IS
 import subprocess, sys, time
 start = time.perf_counter()
-code = subprocess.call([{python!r}, *sys.argv[1:]])
+with open({file!r} + "." + sys.argv[-1], "w") as said:
+    code = subprocess.call([{python!r}, "-X", "importtime", *sys.argv[1:]], stderr=said)
 with open({file!r}, "a") as file:
     print(sys.argv[-1], time.perf_counter() - start, file=file)
 sys.exit(code)
 """
-IMPORT = """
-import json, sys, time
-start = time.perf_counter()
-import stages.{name}
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, [name for name in {heavy!r} if name in sys.modules]]))
-"""
+IMPORT = re.compile(r"^import time:\s*\d+ \|\s*(\d+) \| ( *)([\w.]+)$", re.MULTILINE)  # its microseconds, its depth, its name
 log = logging.getLogger("sentiment.bench")
 
 
 class Stage(NamedTuple):
-    """A stage's seconds: its whole process, its imports, what its log says that it computed; and what it imported."""
+    """A stage's seconds: its whole process, and its imports; and what it imported."""
 
     name: str
     process: float
     importing: float
-    computing: float
     imported: list[str]
 
 
@@ -74,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("dvc repro --force runs in a clone")
         whole, processes = repro(clone, environment, folder)
         start = median(wall(clone, environment, "pass") for _ in range(TIMES))
-        stages = [measured(clone, environment, stage, processes[stage]) for stage in processes]
+        stages = [measured(folder, stage, processes[stage]) for stage in processes]
         log.info("the train stage runs once more")
         live = python(clone, environment, f"{inspect.getsource(train_with_timed_dvclive)}\n{train_with_timed_dvclive.__name__}()")
         page = heading(clone, environment) + "\n" + table(stages, start) + "\n" + remarks(stages, whole, live)
@@ -161,11 +155,12 @@ def repro(clone: Path, environment: dict[str, str], folder: Path) -> tuple[float
     return whole, processes
 
 
-def measured(clone: Path, environment: dict[str, str], name: str, process: float) -> Stage:
-    """A stage whose process took `process` seconds in the clone."""
-    said = re.findall(rf"stages\.{name} INFO {name}: ([\d.]+) s$", (clone / f"logs/{name}.log").read_text("utf-8"), re.MULTILINE)
-    found = [python(clone, environment, IMPORT.format(name=name, heavy=HEAVY)) for _ in range(TIMES)]
-    return Stage(name, process, median(seconds for seconds, _ in found), float(said[-1]), found[0][1])
+def measured(folder: Path, name: str, process: float) -> Stage:
+    """A stage whose process took `process` seconds, by what Python said of its imports."""
+    found = IMPORT.findall((folder / f"times.stages.{name}").read_text("utf-8"))
+    names = {module for _, _, module in found}
+    seconds = sum(int(microseconds) for microseconds, depth, _ in found if not depth) / 1e6
+    return Stage(name, process, seconds, [package for package in HEAVY if package in names])
 
 
 def train_with_timed_dvclive() -> None:
@@ -218,12 +213,12 @@ def heading(clone: Path, environment: dict[str, str]) -> str:
 
 
 def table(stages: list[Stage], start: float) -> str:
-    """A row a stage, in seconds; the rest is what the log is set up in, and the end of the process."""
-    columns = ("stage", "process", "interpreter", "imports", "computing", "rest", "imported")
+    """A row a stage, in seconds; computing is all that is neither the interpreter's start nor an import."""
+    columns = ("stage", "process", "interpreter", "imports", "computing", "imported")
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 2) + "---|"]
     for each in stages:
-        rest = each.process - start - each.importing - each.computing
-        cells = (f"{value:.2f}" for value in (each.process, start, each.importing, each.computing, rest))
+        computing = each.process - start - each.importing
+        cells = (f"{value:.2f}" for value in (each.process, start, each.importing, computing))
         lines.append(f"| {each.name} | {' | '.join(cells)} | {', '.join(each.imported) or 'none'} |")
     return "\n".join(lines) + "\n"
 
@@ -234,8 +229,8 @@ def remarks(stages: list[Stage], whole: float, live: tuple[float, int, float]) -
     training, calls, spent = live
     second = f"of the {training:.1f} s that train computed in a second run, with a timer around each call"
     lines = [
-        f"- seconds; imports: of the stage's module alone, the median of {TIMES}; imported: of {', '.join(HEAVY)}",
-        "- computing: by the stage's own log; what is imported only when it is needed is part of it",
+        f"- seconds; imports: by -X importtime in the same run, those within functions, too; imported: of {', '.join(HEAVY)}",
+        "- computing: all but the interpreter's start and the imports",
         f"- all stages: {processes:.2f} s, of which {imports:.2f} s imports ({imports / processes:.0%})",
         f"- DVC: {whole - processes:.2f} s of the {whole:.2f} s of `dvc repro --force` ({(whole - processes) / whole:.0%})",
         f"- DVCLive: {spent * 1000:.0f} ms in {calls} calls, {spent / training:.1%} {second}",
