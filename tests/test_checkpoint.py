@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import models
@@ -201,3 +202,14 @@ def test_a_checkpoint_s_licence_is_what_its_card_says(tmp_path):
     assert checkpoint.licence(asked) == "cc-by-nc-sa-4.0"
     (tmp_path / "README.md").write_text("# Um modelo\n\nlicense: mit\n")
     assert checkpoint.licence(asked) is None
+
+
+def test_the_shipped_checkpoint_is_small_and_says_what_it_may_be_used_for():
+    folder = ROOT / "models" / "base"
+    weights = load_file(folder / "model.safetensors")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 20e6
+    assert sum(weight.numel() for weight in weights.values()) <= 15e6
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert checkpoint.licence(model_settings(checkpoint=str(folder))) == "cc-by-nc-sa-4.0"
+    assert "no commercial use" in (folder / "README.md").read_text(encoding="utf-8")
+    assert len(AutoTokenizer.from_pretrained(folder)("Ótimo produto!")["input_ids"]) > 3

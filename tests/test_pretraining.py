@@ -376,7 +376,17 @@ def test_texts_that_parquet_holds_as_bytes_are_learnt_from_too(project):
         assert found == {text.key(value) for value in texts} - {text.key(value) for value in texts[:50]}
 
 
-def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "loss"),
+    [
+        ({"objective": "rtd", "sentiment_weight": 0.0}, "held_out_generator_loss"),
+        ({"objective": "mlm", "sentiment_weight": 0.5, "sentiment_words": WORDS, "dropout": 0.1}, "held_out_sentiment_loss"),
+    ],
+)
+def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, train, loss):
+    values, _ = project
+    values["train"] |= train
+    write(values)
     for each in (corpus.main, tokenize.main, stage.main):
         each()
     assert {path.name for path in stage.MODEL.iterdir()} >= {
@@ -386,7 +396,7 @@ def test_the_three_stages_leave_a_checkpoint_and_their_numbers(project, monkeypa
         "metadata.json",
     }
     found = stage.METRICS.read_text()
-    assert all(name in found for name in ("tokens_seen", "held_out_loss", "held_out_generator_loss", "pseudo_perplexity"))
+    assert all(name in found for name in ("tokens_seen", "held_out_loss", loss, "pseudo_perplexity", "share_of_peak"))
     assert AutoModel.from_pretrained(stage.MODEL).dtype == torch.float16
     assert not stage.CHECKPOINT.exists()
 
