@@ -6,6 +6,7 @@ It hangs up on clients that take too long, and refuses as the application does.
 import contextlib
 import errno
 import logging
+import math
 import selectors
 import signal
 import socket
@@ -19,6 +20,7 @@ from itertools import count
 from typing import Any
 
 import orjson
+from gunicorn.http.body import Body, LengthReader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from serve import logs, metrics
@@ -31,7 +33,8 @@ from serve.wire import Link
 FULL_SECONDS = 1.0  # without taking connections, where there is no descriptor for one
 LATE_SECONDS = 1.0  # for the model's process to say itself that an answer took too long
 LEAVE_SECONDS = 2.0  # for a client to hang up after its last answer
-LEFT_BYTES = 65_536  # that it may still send meanwhile
+LEFT_BYTES = 4_194_304  # that it may still send meanwhile: closing before it has sent all costs it the answer, too
+DRAINED_BYTES = 65_536  # of a body that nobody read, before Gunicorn gives its connection up
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 REFUSED = {"LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417, "UnsupportedTransferCoding": 501}
 log = logging.getLogger("serve.request")
@@ -295,14 +298,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.deadlines[conn] = time.monotonic() + seconds
 
     def load_wsgi(self) -> None:
-        """Let the application say when it has read a request."""
+        """Let the application say when it has read a request, and its answer that it is the last one where it is."""
         super().load_wsgi()
         application = self.wsgi
 
         def watched(environ: dict[str, Any], start_response: Any) -> Any:
             conn = self.local.conn
             environ[READ] = lambda: self.allow(conn, self.answer_seconds)
-            return application(environ, start_response)
+
+            def start(*answer: Any) -> Any:
+                if is_last(environ):
+                    start_response.__self__.force_close()  # before it says that the connection is kept
+                return start_response(*answer)
+
+            return application(environ, start)
 
         self.wsgi = watched
 
@@ -339,3 +348,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {TYPE}\r\nX-Request-ID: {request_id}\r\n"
         with contextlib.suppress(OSError):
             client.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def is_last(environ: dict[str, Any]) -> bool:
+    """Whether no request can follow on this one: its client says so, or more of its body is unread than Gunicorn drains."""
+    tokens = environ.get("HTTP_CONNECTION", "").lower().split(",")
+    return "close" in map(str.strip, tokens) or unread(environ["wsgi.input"]) >= DRAINED_BYTES
+
+
+def unread(body: Body) -> float:
+    """How many bytes of a body are unread; of one in chunks that nobody read to its end, infinitely many."""
+    reader = body.reader
+    if isinstance(reader, LengthReader):
+        return body.buf.tell() + reader.length
+    return math.inf if reader.parser else body.buf.tell() + reader.buf.tell()

@@ -324,6 +324,31 @@ def test_every_error_is_a_problem_with_the_clients_request_id(service, method, p
     assert answer[1]["X-Request-ID"] == "pedido-42"
 
 
+LARGE = {"404": ("/nada", 200_000, 404), "405": ("/health", 300_000, 405), "413": ("/predict", 2_000_000, 413)}
+
+
+@pytest.mark.parametrize(("path", "size", "status"), LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_to_more_than_is_read_says_that_its_connection_ends(service, path, size, status, chunked):
+    body = b" " * size
+    answer = service.request("POST", path, iter([body]) if chunked else body)
+    refused(answer, status)
+    assert answer[1]["Connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "chunked"), [("/nada", 60_000, False), ("/predict", BYTES + 1, False), ("/predict", 9, True)]
+)
+def test_a_connection_is_kept_where_little_was_left_unread(service, path, size, chunked):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    for _ in range(3):
+        connection.request("POST", path, iter([b" " * size]) if chunked else b" " * size)
+        first, response = connection.sock, connection.getresponse()
+        response.read()
+        assert (response.headers["Connection"], connection.sock) == ("keep-alive", first)
+    connection.close()
+
+
 METHODS = [("/predict", "GET"), ("/predict", "PUT"), ("/explain", "DELETE"), ("/predict/batch", "PATCH"), ("/health", "POST")]
 
 
@@ -547,6 +572,12 @@ WRONG_KEYS = {
 @pytest.mark.parametrize("headers", WRONG_KEYS.values(), ids=WRONG_KEYS)
 def test_a_prediction_without_the_key_is_401(guarded, path, headers):
     refused(guarded.post(path, POSTED[path], **headers), 401)
+
+
+def test_a_401_to_more_than_is_read_says_that_its_connection_ends(guarded):
+    answer = guarded.request("POST", "/predict", b" " * 200_000, WRONG_KEYS["another"])
+    refused(answer, 401)
+    assert answer[1]["Connection"] == "close"
 
 
 @pytest.mark.parametrize("path", list(POSTED))

@@ -511,6 +511,21 @@ def test_a_client_of_http_1_0_is_answered_and_hung_up_on(service):
     assert statuses(exchange(service, b"GET /live HTTP/1.0\r\n\r\n")) == [200]
 
 
+LAST = ["Connection: close, x", "Connection: x,\tClose", "Connection: keep-alive\r\nConnection: close"]
+
+
+@pytest.mark.parametrize("header", LAST, ids=ascii)
+def test_a_connection_ends_where_close_is_among_what_its_client_asks_of_it(service, header):
+    body = b'{"text": "bom"}'
+    for data in (
+        message("GET", "/live", f"{header}\r\n", last=False),
+        message(headers=f"{header}\r\nContent-Length: {len(body)}\r\n", body=body, last=False),
+    ):
+        answer = exchange(service, data)
+        assert statuses(answer) == [200]
+        assert b"\r\nConnection: close\r\n" in answer
+
+
 def test_clients_that_do_not_hang_up_after_their_last_answer_hold_up_nobody(service):
     staying = [connect(service) for _ in range(60)]
     for connection in staying:
