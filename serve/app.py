@@ -10,8 +10,9 @@ import orjson
 from flask import Flask, Request, Response, g, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
+from gunicorn.http.errors import ChunkMissingTerminator, ParseException
 from pydantic_core import from_json
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestEntityTooLarge, UnprocessableEntity
 
 from serve import logs, observation, pages, predictions, problems, schemas, state
 from serve.settings import Settings, load, unknown
@@ -20,6 +21,7 @@ from serve.wire import Client
 from serve.worker import READ
 
 log = logging.getLogger("serve.request")
+CUT_OFF = "the body was cut off"
 
 
 class JsonRequest(Request):
@@ -38,14 +40,15 @@ class JsonRequest(Request):
         """The body; raises RequestEntityTooLarge over the limit, BadRequest where it is cut off or its chunks are none."""
         try:
             data = self.get_data(cache=False)
-            if len(data) == self.max_content_length:
-                raise RequestEntityTooLarge
-        except HTTPException:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) or type(error).__module__.startswith("gunicorn."):
-                raise BadRequest(f"the body cannot be read ({type(error).__name__})") from error
-            raise
+        except ClientDisconnected as error:
+            raise BadRequest(CUT_OFF) from error
+        except ParseException as error:
+            ended = isinstance(error, ChunkMissingTerminator) and len(error.term) < 2  # what came in place of CR LF
+            raise BadRequest(CUT_OFF if ended else f"the body cannot be read ({type(error).__name__})") from error
+        if len(data) == self.max_content_length:
+            raise RequestEntityTooLarge
+        if len(data) < (self.content_length or 0):
+            raise BadRequest(CUT_OFF)
         return data
 
 

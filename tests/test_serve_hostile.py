@@ -290,6 +290,30 @@ def test_chunks_that_are_none_are_the_clients_fault(service, chunks):
         assert [status for status in statuses(received(connection)) if not 400 <= status < 500] == []
 
 
+WHOLE = b'{"text": "adorei o produto"}'
+CUT_OFF = {
+    "before its end": ("Content-Length: 100", WHOLE),
+    "in its JSON": ("Content-Length: 100", WHOLE[:-5]),
+    "before it began": ("Content-Length: 100", b""),
+    "in a chunk": ("Transfer-Encoding: chunked", b"64\r\n" + WHOLE),
+    "behind a chunk": ("Transfer-Encoding: chunked", b"1c\r\n" + WHOLE),
+    "in the end of a chunk": ("Transfer-Encoding: chunked", b"1c\r\n" + WHOLE + b"\r"),
+    "between chunks": ("Transfer-Encoding: chunked", b"1c\r\n" + WHOLE + b"\r\n"),
+    "in the last chunk": ("Transfer-Encoding: chunked", b"1c\r\n" + WHOLE + b"\r\n0\r\n"),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("header", "sent"), CUT_OFF.values(), ids=CUT_OFF)
+def test_a_body_that_was_cut_off_is_400(service, path, header, sent):
+    with connect(service) as connection:
+        connection.sendall(message(path=path, headers=f"{header}\r\n", body=sent, last=False))
+        connection.shutdown(socket.SHUT_WR)
+        answer = received(connection)
+    assert refusal(answer) == 400
+    assert b'"detail":"the body was cut off"' in answer
+
+
 FROM_A_PROXY = {
     "a script's name": "SCRIPT_NAME: /outra\r\n",
     "the path's beginning as script's name": "SCRIPT_NAME: /live\r\n",
