@@ -104,6 +104,8 @@ def observe(app: Flask, settings: Settings) -> None:
     def begin() -> None:
         observation.begin(request.environ)
         g.request_id = request.environ[observation.ID]
+        if "HTTP_HOST" not in request.environ and request.environ["SERVER_PROTOCOL"] != "HTTP/1.0":
+            raise BadRequest("a request of HTTP/1.1 names its host, in the header Host")  # RFC 9112, 3.2
         if request.method in ("GET", "HEAD", "OPTIONS"):
             request.environ.get(READ, lambda: None)()
 

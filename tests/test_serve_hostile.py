@@ -412,9 +412,9 @@ def test_headers_that_make_no_sense_are_no_failures(service, header):
 SLOW = {  # what a client sends at once, and what it then sends byte by byte
     "nothing": (b"", b""),
     "request line": (b"GET /", b"a" * 60),
-    "headers": (b"POST /predict HTTP/1.1\r\nX-A: ", b"a" * 60),
-    "body": (b"POST /predict HTTP/1.1\r\nContent-Length: 9000\r\n\r\n", b" " * 60),
-    "chunks": (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10),
+    "headers": (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-A: ", b"a" * 60),
+    "body": (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n", b" " * 60),
+    "chunks": (b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10),
 }
 
 
@@ -529,6 +529,13 @@ def test_what_a_request_left_unread_is_not_taken_for_the_next_one(service):
     answer = exchange(service, outer + message("GET", "/live"))
     assert statuses(answer) == [404, 200]
     assert b"dentro" not in answer
+
+
+@pytest.mark.parametrize("line", [b"GET /live", b"GET http://localhost/live", b"GET /nada", b"POST /predict"])
+def test_a_request_of_http_1_1_without_a_host_is_400(service, line):
+    answer = exchange(service, line + b" HTTP/1.1\r\nConnection: close\r\nContent-Length: 28\r\n\r\n" + WHOLE)
+    assert refusal(answer) == 400
+    assert b"Host" in answer
 
 
 def test_a_client_of_http_1_0_is_answered_and_hung_up_on(service):
