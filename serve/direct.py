@@ -26,6 +26,7 @@ OTHERS = {  # fields by which a request is more than its own bytes, or asks for 
     "connection", "expect", "upgrade", "transfer-encoding", "te", "trailer", "http2-settings", "proxy-connection",
     "content-encoding",
 }  # fmt: skip
+HOST = re.compile(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?")  # no label longer than DNS has them, which Flask would refuse
 KEPT = {"keep-alive", "Keep-Alive"}
 
 
@@ -63,7 +64,12 @@ def head_of(data: bytes, address: str) -> Head | None:
             return None
         environ[key] = value
     length = environ.get("HTTP_CONTENT_LENGTH", "")
-    if "HTTP_HOST" not in environ or not LENGTH.fullmatch(length) or end + 4 + int(length) > LONGEST or len(lines) > 100:
+    if (
+        not HOST.fullmatch(environ.get("HTTP_HOST", ""))
+        or not LENGTH.fullmatch(length)
+        or end + 4 + int(length) > LONGEST
+        or len(lines) > 100
+    ):
         return None
     return Head(environ, end + 4, end + 4 + int(length))
 

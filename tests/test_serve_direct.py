@@ -76,6 +76,8 @@ def test_a_head_whose_body_is_still_to_come_is_one():
         request("X-A: " + "a" * 5000),
         request(*[f"X-{k}: a" for k in range(101)]),
         request().replace(b"Host: localhost\r\n", b""),
+        request().replace(b"localhost", b"a" * 64),
+        request().replace(b"localhost", b"a..b"),
         request().replace(b"\r\n", b"\n"),
     ],
 )  # fmt: skip
@@ -143,6 +145,16 @@ def test_both_ways_log_and_count_alike(service):
     assert lines["curto"] == lines["longo"]
     metrics = service.get("/metrics")[2].decode()
     assert 'sentiment_http_requests_total{method="POST",route="/predict",status="200"}' in metrics
+
+
+HOSTS = {"sentiment.example.org:8000": 200, "a" * 63: 200, "a.": 200, "[::1]:8000": 200, "a" * 3000: 400, "a..b": 400}
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS.items(), ids=lambda each: str(each)[:30])
+def test_both_ways_take_the_same_hosts(service, host, status):
+    data = [each.replace(b"localhost", host.encode()) for each in (request(), request("Accept: a", "Accept: b"))]
+    with Connection(service) as connection:
+        assert [connection.ask(each)[0] for each in data] == [status] * 2
 
 
 @pytest.mark.parametrize("cuts", [[30], [-5], [30, 60], [-9, -5]])
