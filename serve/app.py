@@ -11,10 +11,10 @@ from flask import Flask, Request, Response, g, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 from gunicorn.http.errors import ChunkMissingTerminator, ParseException
-from pydantic_core import from_json
-from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestEntityTooLarge, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestEntityTooLarge, UnprocessableEntity, UnsupportedMediaType
 
 from serve import logs, observation, pages, predictions, problems, schemas, state
+from serve.direct import value_of
 from serve.settings import Settings, load, unknown
 from serve.supervisor import socket_path
 from serve.wire import Client
@@ -28,13 +28,16 @@ class JsonRequest(Request):
     """A request whose body is JSON whatever its Content-Type says, as `curl -d` sends it."""
 
     def get_json(self, *_: Any, **__: Any) -> Any:
-        """The body's value; raises UnprocessableEntity where it is no JSON."""
+        """The body's value; raises UnprocessableEntity where it is no JSON, UnsupportedMediaType where it is compressed."""
+        if self.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise UnsupportedMediaType("Content-Encoding is not supported: send the body plain")
         data = self.read_body()
         self.environ.get(READ, lambda: None)()
         try:
-            return from_json(data, allow_inf_nan=False)
+            return value_of(data)
         except ValueError as error:
-            raise UnprocessableEntity(f"the body is no JSON ({error})") from error
+            wrong = f"the body is no JSON ({error})" if is_utf8(data) else "the body is not in UTF-8: send it in UTF-8"
+            raise UnprocessableEntity(wrong) from error
 
     def read_body(self) -> bytes:
         """The body; raises RequestEntityTooLarge over the limit, BadRequest where it is cut off or its chunks are none."""
@@ -50,6 +53,14 @@ class JsonRequest(Request):
         if len(data) < (self.content_length or 0):
             raise BadRequest(CUT_OFF)
         return data
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes can be text in UTF-8; with NULs among them, they are of UTF-16 or UTF-32."""
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 class OrJson(JSONProvider):
@@ -80,6 +91,7 @@ def create_app(settings: Settings | None = None, client: Any = None) -> Flask:
     app = OpenAPI(
         "serve", info=info, doc_ui=False, validation_error_callback=problems.of_validation,
         validation_error_model=schemas.Problem, security_schemes=security(settings), static_folder=None,
+        responses={415: schemas.Problem},
     )  # fmt: skip
     app.request_class, app.json = JsonRequest, OrJson(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes + 1  # which is too long; of chunks no more is read

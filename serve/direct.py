@@ -6,6 +6,7 @@ its body as the OpenAPI document says. Anything else, and all that has to be ref
 
 import re
 import time
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -74,6 +75,11 @@ def head_of(data: bytes, address: str) -> Head | None:
     return Head(environ, end + 4, end + 4 + int(length))
 
 
+def value_of(body: bytes) -> Any:
+    """The JSON value of a body, a byte order mark before it ignored (RFC 8259, 8.1); raises ValueError."""
+    return from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
+
+
 class Direct:
     """What the short way takes in and gives out."""
 
@@ -86,7 +92,7 @@ class Direct:
         if head.ends - head.begins > self.settings.max_body_bytes or not predictions.has_key(head.environ, self.settings):
             return None
         try:
-            value = from_json(data[head.begins :], allow_inf_nan=False)
+            value = value_of(data[head.begins :])
             if not isinstance(value, dict):
                 return None
             text = predictions.not_blank(self.body.model_validate(value).text)  # type: ignore[attr-defined]

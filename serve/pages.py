@@ -47,11 +47,12 @@ def page(name: str, policy: str) -> Response:
 
 
 def corrected(document: dict[str, Any]) -> dict[str, Any]:
-    """The framework's OpenAPI document with the errors as they are sent: of their own media type, and no 422 to a GET."""
+    """The framework's OpenAPI document with the errors as they are sent: of their own media type, and none of a body to a GET."""
     for methods in document["paths"].values():
         for method, operation in methods.items():
             if method == "get":
-                operation["responses"].pop("422", None)
+                for status in ("415", "422"):
+                    operation["responses"].pop(status, None)
             for response in operation["responses"].values():
                 for media in list(response.get("content", {})):
                     if "/Problem" in str(response["content"][media]):

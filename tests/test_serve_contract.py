@@ -1,5 +1,6 @@
 """What clients may rely on, over a real socket: routes, statuses, answers, documentation, keys, client addresses."""
 
+import gzip
 import http.client
 import json
 import re
@@ -208,6 +209,26 @@ JSON_TYPES = {"none": {}, "charset": {"Content-Type": "application/json; charset
 def test_json_is_read_whatever_its_content_type_says(service, headers):
     status, _, body = service.request("POST", "/predict", '{"text": "não gostei"}'.encode(), headers)
     assert (status, body["probabilities"]) == (200, pytest.approx(probabilities(service, "não gostei"), abs=1e-5))
+
+
+@pytest.mark.parametrize("path", list(POSTED))
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "identity, gzip"])
+def test_a_compressed_body_is_415(service, path, encoding):
+    body = gzip.compress(json.dumps(POSTED[path]).encode())
+    detail = refused(service.request("POST", path, body, {"Content-Encoding": encoding}), 415)
+    assert "Content-Encoding" in detail
+
+
+def test_a_body_may_be_said_to_be_plain(service):
+    assert service.post("/predict", {"text": "bom"}, **{"Content-Encoding": "identity"})[0] == 200
+
+
+@pytest.mark.parametrize("path", list(POSTED))
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-32"])
+def test_a_body_in_another_encoding_is_422_and_told_to_be_utf_8(service, path, encoding):
+    body = json.dumps(POSTED[path] | {"title": "não"}, ensure_ascii=False).encode(encoding)
+    headers = {"Content-Type": f"application/json; charset={encoding}"}
+    assert "send it in UTF-8" in refused(service.request("POST", path, body, headers), 422)
 
 
 @pytest.mark.parametrize(("path", "body"), POSTED.items())
@@ -535,6 +556,13 @@ def test_the_document_tells_this_services_limits(document):
     texts = schema_of(document, "/predict/batch")["properties"]["texts"]
     assert (text["minLength"], text["maxLength"]) == (1, CHARS)
     assert (texts["minItems"], texts["maxItems"]) == (1, TEXTS)
+
+
+def test_the_document_tells_the_statuses_of_bodies_where_there_is_one(document):
+    of_bodies = {"413", "415", "422"}
+    for methods in document["paths"].values():
+        for method, operation in methods.items():
+            assert of_bodies & operation["responses"].keys() == (of_bodies if method == "post" else set())
 
 
 @pytest.mark.parametrize("path", list(POSTED))

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 
 import models
-from serve.direct import LONGEST, head_of
+from serve.direct import LONGEST, Direct, head_of
+from serve.settings import Settings
 from serving import Service
 from test_serve_contract import served
 
@@ -131,6 +132,18 @@ def test_both_ways_answer_alike(service):
     assert short[2] == long[2]
     assert short[1].keys() == long[1].keys()
     assert {**short[1], "Date": ""} == {**long[1], "Date": ""}
+
+
+def test_both_ways_ignore_a_byte_order_mark(service):
+    body = b"\xef\xbb\xbf" + BODY
+    with Connection(service) as connection:
+        plain, *marked = [
+            connection.ask(each) for each in (request(), request(body=body), request("Accept: a", "Accept: b", body=body))
+        ]
+    assert [each[0] for each in marked] == [200, 200]
+    assert [each[2] for each in marked] == [plain[2]] * 2
+    head = head_of(request(body=body), "")
+    assert Direct(Settings()).asked(None, request(body=body), head).text == "adorei o produto"
 
 
 def test_both_ways_log_and_count_alike(service):
