@@ -1,5 +1,6 @@
 """The pages for people: /docs (Swagger UI) and /demo, with all their files from here, so that they work offline."""
 
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ FOR_SWAGGER = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'se
 
 
 def add(app: OpenAPI) -> None:
-    """Add the pages, the OpenAPI document, and the files that they need."""
+    """Add the pages, the OpenAPI document of all routes so far, and the files that they need."""
+    document = corrected(deepcopy(app.api_doc))
 
     @app.route("/openapi.json")
     def openapi_json() -> Any:
-        return app.json.response(corrected(app.api_doc))
+        return app.json.response(document)
 
     @app.route("/docs")
     def docs() -> Response:

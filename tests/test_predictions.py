@@ -1,5 +1,7 @@
 """What the application asks the model, with one in its place that notes it."""
 
+from copy import deepcopy
+
 import pytest
 
 from serve import app, settings
@@ -40,6 +42,13 @@ def test_an_explanation_is_of_one_model_though_another_takes_over(client):
     assert body["model_version"] == "v1"
     weights = [1 / 15 - 1 / len(rest) for rest in client.noted.asked[0][1:]]
     assert [word["weight"] for word in body["words"]] == pytest.approx(weights, abs=2e-6)
+
+
+def test_the_frameworks_own_document_is_left_as_it_is(client):
+    own = deepcopy(client.application.api_doc)
+    given = [client.get("/openapi.json").json for _ in range(2)]
+    assert client.application.api_doc == own != given[0]
+    assert given[0] == given[1]
 
 
 def test_a_batch_is_one_message_without_its_bad_texts(client):
