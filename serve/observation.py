@@ -13,6 +13,7 @@ from serve import logs, metrics
 from serve.settings import Settings
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+ID_FIELD = re.compile(rb"(?i)\r\nX-Request-ID:([^\r\n]*)(?=\r\n)")
 METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"}
 MAPPED = "::ffff:"  # before an address of IPv4 (RFC 4291, 2.5.5.2)
 START, ID = "sentiment.start", "sentiment.id"  # in a request's environ: when it came (time.perf_counter), and its id
@@ -23,6 +24,13 @@ def request_id(environ: dict[str, Any]) -> str:
     """The id that the client gave, where it is one, else a new one."""
     given: str = environ.get("HTTP_X_REQUEST_ID", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def id_of(read: bytes) -> str:
+    """The id of a request that is refused before it is parsed: the client's, where it is in what was read, else a new one."""
+    end = read.find(b"\r\n\r\n")
+    given = b",".join(ID_FIELD.findall(read if end < 0 else read[: end + 2]))
+    return request_id({"HTTP_X_REQUEST_ID": given.decode("latin-1").strip(" \t")})
 
 
 def begin(environ: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import signal
 import socket
 import threading
 import time
-import uuid
 from collections import deque
 from functools import partial
 from http import HTTPStatus
@@ -23,7 +22,7 @@ import orjson
 from gunicorn.http.body import Body, LengthReader
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from serve import logs, metrics
+from serve import logs, metrics, observation
 from serve.direct import LONGEST, Asked, Direct, Head, head_of
 from serve.problems import TYPE, problem
 from serve.settings import load
@@ -37,6 +36,13 @@ LEFT_BYTES = 4_194_304  # that it may still send meanwhile: closing before it ha
 DRAINED_BYTES = 65_536  # of a body that nobody read, before Gunicorn gives its connection up
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 REFUSED = {"LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417, "UnsupportedTransferCoding": 501}
+NO_HTTP = "this is no HTTP request that is answered here"
+DETAILS = {
+    414: "the request line is too long",
+    417: "no expectation but 100-continue can be met",
+    431: "the header has too many fields, or one that is too long",
+    501: "no transfer coding but chunked is known here",
+}
 log = logging.getLogger("serve.request")
 READ = "sentiment.read"  # in a request's environ: call it once the request has been read
 
@@ -288,6 +294,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Answer a request in a thread, its time watched."""
         self.allow(conn, self.read_seconds)
         self.local.conn = conn
+        self.local.read = conn.parser.unreader.buf.getvalue() if conn.parser else b""
         try:
             return super().handle(conn)
         finally:
@@ -337,13 +344,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Answer what Gunicorn refuses by itself (it is no HTTP, or too long) as the application answers its errors."""
         refused = type(exc).__module__.startswith("gunicorn.")
         status = REFUSED.get(type(exc).__name__, 400) if refused else 500
-        request_id = uuid.uuid4().hex
+        request_id = observation.id_of(self.local.read)
         logs.event(
             log, logging.INFO if refused else logging.ERROR, "refused", exc_info=None if refused else exc, id=request_id,
             client=addr[0] if addr else "unix", status=status, error=type(exc).__name__,
         )  # fmt: skip
         metrics.requests.labels("other", "none", str(status)).inc()
-        detail = "this is no HTTP request that is answered here" if refused else "something failed here"
+        detail = DETAILS.get(status, NO_HTTP) if refused else "something failed here"
         body = orjson.dumps(problem(status, detail, request_id))
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {TYPE}\r\nX-Request-ID: {request_id}\r\n"
         with contextlib.suppress(OSError):

@@ -373,6 +373,46 @@ def test_what_gunicorn_refuses_is_a_problem_with_an_id_too(service, data):
     assert counted(status) == before[status] + 1
 
 
+KNOWN = {
+    "400": (400, "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", "HTTP"),
+    "417": (417, "Expect: 200-ok\r\n", "100-continue"),
+    "431": (431, f"X-Long: {'a' * 100_000}\r\n", "too long"),
+    "501": (501, "Transfer-Encoding: br\r\n", "chunked"),
+}
+
+
+@pytest.mark.parametrize(("status", "headers", "why"), KNOWN.values(), ids=KNOWN)
+def test_what_gunicorn_refuses_keeps_the_clients_id_and_says_why(service, status, headers, why):
+    answer = exchange(service, message(headers=f"x-request-id:  eu-{status} \r\n{headers}"))
+    assert statuses(answer) == [status]
+    assert f"X-Request-ID: eu-{status}\r\n".encode() in answer
+    said = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert said["request_id"] == f"eu-{status}"
+    assert why in said["detail"]
+
+
+def test_what_gunicorn_refuses_behind_another_request_keeps_its_own_id(service):
+    refused = message(headers="X-Request-ID: dois\r\nExpect: 200-ok\r\n")
+    answer = exchange(service, message("GET", "/live", "X-Request-ID: um\r\n", last=False) + refused)
+    assert statuses(answer) == [200, 417]
+    assert re.findall(rb"X-Request-ID: (\w+)", answer) == [b"um", b"dois"]
+
+
+NO_IDS = {
+    "two": "X-Request-ID: um\r\nX-Request-ID: dois\r\n",
+    "one that is none": "X-Request-ID: um dois\r\n",
+    "another field's end": "X-A: X-Request-ID: um\r\n",
+    "one in the body": "\r\nX-Request-ID: um\r\n",
+}
+
+
+@pytest.mark.parametrize("headers", NO_IDS.values(), ids=NO_IDS)
+def test_what_gunicorn_refuses_without_an_id_of_the_client_gets_a_new_one(service, headers):
+    answer = exchange(service, message(headers=f"Expect: 200-ok\r\n{headers}"))
+    assert refusal(answer) == 417
+    assert re.search(rb"\r\nX-Request-ID: [0-9a-f]{32}\r\n", answer)
+
+
 def test_damaged_requests_are_no_failures_of_the_service(service):
     rng = random.Random(0)
     good = [message("GET", path) for path in ("/", "/health", "/docs", "/static/demo.css", "/metrics")]
