@@ -61,7 +61,14 @@ def best_f1(way: str, seed: int, epochs: int, folder: Path) -> float:
         texts, labels = zip(*found[name], strict=True)
         splits[name] = tokens.ragged(tokens.encode(tokenizer, texts), np.array(labels), tokenizer.get_vocab_size())
     values = params.load().model_dump()
-    values["model"] |= {"vocab_size": 12_000, "hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 1024}
+    values["model"] |= {
+        "checkpoint": None,
+        "vocab_size": 12_000,
+        "hidden_size": 256,
+        "layers": 4,
+        "heads": 4,
+        "intermediate_size": 1024,
+    }
     values["train"] |= {
         "device": "cpu", "seed": seed, "epochs": epochs, "patience": None, "batch_tokens": BATCH_TOKENS, "batching": WAYS[way],
         "lr": 5e-4, "layer_decay": 1.0, "adversarial": 0.0, "checkpoint_every": 10**9, "log_every": 50,

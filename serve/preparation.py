@@ -1,5 +1,6 @@
 """Run serve.prepare, which finds a model and chooses its engine: to its end, or beside other work."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,9 @@ class Preparation:
         command += ["--reviews", str(settings.reviews)] if settings.reviews else []
         command += ["--threads", str(settings.threads)] if settings.threads else []
         nice = [] if quick else ["nice", "-n", str(NICE)]
+        inside = os.environ | {"TMPDIR": self.folder.name}  # where what libraries leave (torch, its cache) goes with the folder
         with self.words.open("wb") as words:
-            self.process = subprocess.Popen([*nice, *command], stdin=subprocess.DEVNULL, stdout=words, stderr=words)
+            self.process = subprocess.Popen([*nice, *command], stdin=subprocess.DEVNULL, stdout=words, stderr=words, env=inside)
         if done:
             threading.Thread(target=self.tell, args=(done,), daemon=True).start()
 
