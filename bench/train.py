@@ -41,6 +41,7 @@ NAMES = {
 DEFAULT = {"cpu": ["original", "trainer", "whole", "ours"], "cuda": list(NAMES)}  # compiled is as fast on a CPU
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 SHAPE = "shape:"
+LONGEST = 512  # tokens of a review, as in bench/recipes.py
 BUDGETS = {"cpu": 2048, "cuda": 16_384}  # tokens in a batch of ours
 log = logging.getLogger("sentiment.bench")
 
@@ -128,12 +129,17 @@ def make_model(name: str, texts: list[str], labels: list[str], folder: Path) -> 
         checkpoint.save_word_piece(checkpoint.word_piece(texts, 12_000), folder)
         sizes = {"vocab_size": 12_000, "hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 1024, "checkpoint": None}
         settings = params.load().model.model_copy(update=sizes)
-        tokenizer = tokens.load_tokenizer(folder, 512)
-        checkpoint.load_model(settings, labels, tokenizer, 512).save_pretrained(folder)
+        tokenizer = tokens.load_tokenizer(folder, LONGEST)
+        checkpoint.load_model(settings, labels, tokenizer, LONGEST).save_pretrained(folder)
         return
     source = Path(name.removeprefix(SHAPE))
     if not (source / "config.json").is_file():
         raise DataError(f"--model {name}: {source} holds no config.json; name a checkpoint's folder")
+    longest = read_json(source / "config.json").get("max_position_embeddings", LONGEST)
+    if longest < LONGEST:
+        raise DataError(
+            f"--model {name} takes {longest} tokens, and the original recipe pads to {LONGEST}; name one that takes as many"
+        )
     if name.startswith(SHAPE):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, **classes))
     else:
