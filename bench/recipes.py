@@ -3,8 +3,8 @@
 `original`: what tutorials show. Each text is tokenized when it is asked for and padded to 512 tokens; batches of 16, fp32, a
 Python loop that reads the loss at each step.
 `trainer`: transformers' Trainer as its users would set it well: tokenized beforehand, batches of 32 (128 on CUDA) of like length
-padded to a multiple of 8, bf16, fused AdamW. A large model on a CPU takes them in two halves: 32 reviews of 512 tokens, which it
-begins with, are more than 24 GB in fp32.
+padded to a multiple of 8, bf16, fused AdamW; on CUDA other processes make the batches. A large model on a CPU takes them in two
+halves: 32 reviews of 512 tokens, which it begins with, are more than 24 GB in fp32.
 `ours`: sentiment.training, with its line in the log every 20 steps.
 `whole`: ours, but with the last layer computed for all tokens, of which the classifier reads the first of each review.
 `compiled`: ours with train.compile.
@@ -33,6 +33,7 @@ from sentiment.metrics import score
 
 LONGEST = 512
 SORTED = 1600  # reviews: fifty batches of 32
+WORKERS = 4  # processes that make the Trainer's batches, where a GPU computes them
 EPOCHS = 100  # of a timed run, which ends before
 LR = {"small": 5e-4, "large": 3e-5}  # by whether the model has fewer or more than 30 million parameters
 log = logging.getLogger("sentiment.bench")
@@ -153,8 +154,13 @@ class Trainer(Run):
 
         def counted(batch: list[dict[str, Any]]) -> Any:
             found = collate([{"input_ids": each["input_ids"], "labels": each["labels"]} for each in batch])
-            seen.append(Step(found["attention_mask"].sum(1).numpy(), found["input_ids"].numel()))
-            return found
+            return {**found, "counts": (found["attention_mask"].sum(1).tolist(), found["input_ids"].numel())}
+
+        class Counting(transformers.Trainer):  # type: ignore[misc]
+            def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+                lengths, computed = inputs.pop("counts")
+                seen.append(Step(np.array(lengths), computed))
+                return super().training_step(model, inputs, *rest)
 
         class Report(transformers.TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -168,10 +174,9 @@ class Trainer(Run):
             train_sampling_strategy="group_by_length",
             bf16=native_precision(self.device.type) == "bf16", optim="adamw_torch_fused", max_grad_norm=1.0, logging_steps=50,
             save_strategy="no", report_to="none", use_cpu=not on_cuda, disable_tqdm=True,
+            dataloader_num_workers=WORKERS if on_cuda else 0,
         )  # fmt: skip
-        trainer = transformers.Trainer(
-            model=self.model, args=arguments, train_dataset=reviews, data_collator=counted, callbacks=[Report()]
-        )
+        trainer = Counting(model=self.model, args=arguments, train_dataset=reviews, data_collator=counted, callbacks=[Report()])
 
         def train() -> None:
             try:

@@ -63,13 +63,14 @@ def write(texts: Texts, target: Path, tokenizer: Tokenizer) -> dict[str, float]:
             repeats.append(often)
             yield chunk
 
-    longest, unknown_id = (tokenizer.truncation or {})["max_length"], tokenizer.token_to_id("[UNK]")
+    unknown_id = tokenizer.token_to_id("[UNK]")
     with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
         for encoded in tokens.encode_chunks(tokenizer, once()):
-            input_ids, lengths = repeated(*encoded, repeats.popleft())
+            often = repeats.popleft()
+            input_ids, lengths = repeated(encoded.input_ids, encoded.lengths, often)
             file.add(input_ids, lengths, np.zeros(len(lengths), np.int16))
             number, total = number + len(lengths), total + len(input_ids)
-            cut, unknown = cut + int((lengths == longest).sum()), unknown + int((input_ids == unknown_id).sum())
+            cut, unknown = cut + int(often[encoded.cut].sum()), unknown + int((input_ids == unknown_id).sum())
     return {
         "texts": number,
         "tokens": total,

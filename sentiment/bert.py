@@ -137,16 +137,16 @@ class VarlenBert(Bert):
 
 
 class PaddedBert(Bert):
-    """Reads padded batches: input_ids and attention_mask int64 [reviews, width] in, logits [reviews, classes] out."""
+    """Reads padded batches: input_ids, attention_mask int64 [reviews, width] (no mask: all 1); logits [reviews, classes] out."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of the reviews."""
         return self.logits(self.layout(input_ids, attention_mask))
 
-    def layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Layout:
+    def layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Layout:
         """The batch as Bert reads it."""
         reviews, width = input_ids.shape
-        mask = None if attention_mask.all() else attention_mask[:, None, None].bool()
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
         attention = small_attention if input_ids.device.type == "cpu" else functional.scaled_dot_product_attention
         place = torch.arange(reviews * width, device=input_ids.device)
 

@@ -81,7 +81,8 @@ class Feed:
 
         Packed: input_ids and positions int64 [tokens], bounds int32 [reviews + 2] (where each review begins; what is after the
         last one is padding), first int64 [reviews], longest: the most tokens between two bounds. With a shape there are more
-        places than reviews: reviews of no tokens, labelled IGNORED. Else: input_ids and attention_mask int64 [reviews, width].
+        places than reviews: reviews of no tokens, labelled IGNORED. Else: input_ids and, if anything is padded, attention_mask
+        int64 [reviews, width]: a model takes none for all 1.
         """
         chosen = torch.from_numpy(rows).to(self.starts.device, non_blocking=True)
         inputs = self.pack(rows, chosen, shape) if self.packed else self.pad(rows, chosen)
@@ -97,8 +98,10 @@ class Feed:
         """Padded rows."""
         width = round_up(int(self.lengths[rows].max()), self.step)
         place = torch.arange(width, device=chosen.device)
-        mask = place < self.sizes[chosen, None]
         ids = self.token_ids((self.starts[chosen, None] + place).clamp_(max=len(self.ids) - 1))
+        if int(self.lengths[rows].min()) == width:  # known here, without waiting for the device
+            return {"input_ids": ids}
+        mask = place < self.sizes[chosen, None]
         return {"input_ids": torch.where(mask, ids, self.pad_id), "attention_mask": mask.long()}
 
     def pack(self, rows: np.ndarray, chosen: torch.Tensor, shape: Shape | None) -> Inputs:

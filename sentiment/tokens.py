@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -161,8 +161,16 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
             yield encoding.ids
 
 
-def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Sequence[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The token ids of each chunk of texts: the ids of all one after the other, and how many each text has (int64).
+class Encoded(NamedTuple):
+    """Texts as token ids: those of all one after the other, and of each text how many it has and whether its end was cut off."""
+
+    input_ids: np.ndarray  # uint16 or uint32 [tokens]
+    lengths: np.ndarray  # int64 [texts]
+    cut: np.ndarray  # bool [texts]
+
+
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Sequence[str]]) -> Iterator[Encoded]:
+    """Each chunk of texts, encoded.
 
     While a chunk is being encoded, which takes all cores but not Python's lock, the next one is read and the one before used.
     """
@@ -178,11 +186,14 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Sequence[str]]) -> Iter
             yield flat(under_way.result(), dtype)
 
 
-def flat(encodings: Sequence[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Encodings as one array of ids and the length of each."""
+def flat(encodings: Sequence[Any], dtype: Any) -> Encoded:
+    """Encodings, which have no more than their ids copied where nothing was cut off."""
     rows = [encoding.ids for encoding in encodings]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum())), lengths
+    cut = np.zeros(len(rows), bool)
+    for index in np.flatnonzero(lengths == lengths.max(initial=0)):  # what was cut is as long as a text can be
+        cut[index] = bool(encodings[index].overflowing)
+    return Encoded(np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum())), lengths, cut)
 
 
 def ragged(rows: Iterable[Sequence[int] | np.ndarray], labels: np.ndarray, vocab_size: int) -> Tokens:

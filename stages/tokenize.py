@@ -45,10 +45,11 @@ def link_checkpoint(settings: params.Model, folder: Path) -> None:
 
 
 class Counts(NamedTuple):
-    """What is counted of a split: reviews by their length in tokens int64 [max_length + 1], and unknown tokens."""
+    """What is counted of a split: reviews by their length in tokens int64 [max_length + 1], unknown tokens, reviews cut short."""
 
     reviews: np.ndarray
     unknown: int
+    cut: int
 
 
 class Texts:
@@ -93,15 +94,16 @@ def read(path: Path, emoji: str | None = None) -> Iterator[tuple[list[str], np.n
 def write(source: Path, target: Path, tokenizer: Tokenizer, emoji: str | None = None) -> Counts:
     """Encode a prepared file into a split's file, and count."""
     unknown_id, longest = tokenizer.token_to_id("[UNK]"), (tokenizer.truncation or {})["max_length"]
-    reviews, unknown = np.zeros(longest + 1, np.int64), 0
+    reviews, unknown, cut = np.zeros(longest + 1, np.int64), 0, 0
     chunks, again = tee(read(source, emoji))  # as far apart as one chunk is being encoded
     encoded = tokens.encode_chunks(tokenizer, (texts for texts, _ in chunks))
     with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
-        for (input_ids, lengths), (_, labels) in zip(encoded, again, strict=True):
-            file.add(input_ids, lengths, labels)
-            reviews += np.bincount(lengths, minlength=longest + 1)
-            unknown += int((input_ids == unknown_id).sum()) if unknown_id is not None else 0
-    return Counts(reviews, unknown)
+        for made, (_, labels) in zip(encoded, again, strict=True):
+            file.add(made.input_ids, made.lengths, labels)
+            reviews += np.bincount(made.lengths, minlength=longest + 1)
+            unknown += int((made.input_ids == unknown_id).sum()) if unknown_id is not None else 0
+            cut += int(made.cut.sum())
+    return Counts(reviews, unknown, cut)
 
 
 def summary(counts: Counts) -> dict[str, float]:
@@ -114,7 +116,7 @@ def summary(counts: Counts) -> dict[str, float]:
         "tokens_median": percentile(counts.reviews, 50),
         "tokens_p95": percentile(counts.reviews, 95),
         "unknown_share": round(counts.unknown / total, 6) if total else 0.0,
-        "truncated_share": round(int(counts.reviews[-1]) / number, 6) if number else 0.0,
+        "truncated_share": round(counts.cut / number, 6) if number else 0.0,
         "padding_share_at_512": round(1 - total / number / 512, 4) if number else 0.0,
     }
 

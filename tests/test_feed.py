@@ -39,6 +39,12 @@ def test_a_padded_batch_is_padded_at_the_end_and_masked_there(made, pad_id):
     assert {inputs["input_ids"].dtype, labels.dtype} == {torch.int64}
 
 
+def test_a_batch_without_padding_has_no_mask(made):
+    inputs, _ = Feed(made, CPU, 0).batch(np.array([0, 3]))
+    assert list(inputs) == ["input_ids"]
+    assert inputs["input_ids"].shape == (2, 3)
+
+
 def test_a_packed_batch_is_one_review_behind_the_other_then_padding(made):
     inputs, labels = Feed(made, CPU, 0, packed=True).batch(np.array([2, 0, 3]))
     top = int(made.input_ids[-2])

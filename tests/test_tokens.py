@@ -132,10 +132,18 @@ def test_chunks_are_encoded_as_the_texts_one_by_one(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder, 256)
     chunks = [TEXTS[:2], [], TEXTS[2:]]
     made = list(encode_chunks(tokenizer, chunks))
-    assert [len(lengths) for _, lengths in made] == [2, 0, 3]
-    rows = [row.tolist() for ids, lengths in made for row in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths)]
+    assert [len(chunk.lengths) for chunk in made] == [2, 0, 3]
+    rows = [row.tolist() for ids, lengths, _ in made for row in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths)]
     assert rows == [tokenizer.encode(text).ids for text in TEXTS]
-    assert {ids.dtype for ids, _ in made} == {np.dtype(np.uint16)}
+    assert {chunk.input_ids.dtype for chunk in made} == {np.dtype(np.uint16)}
+
+
+def test_a_text_that_just_fits_is_not_cut(tokenizer_folder):
+    texts = ["bom", *("bom " * words for words in range(5, 9)), "bom"]
+    full = [len(load_tokenizer(tokenizer_folder, 256).encode(text).ids) for text in texts]
+    (made,) = encode_chunks(load_tokenizer(tokenizer_folder, full[2]), [texts])
+    assert made.cut.tolist() == [False, False, False, True, True, False]
+    assert made.lengths.tolist() == [full[0], full[1], full[2], full[2], full[2], full[0]]
 
 
 def test_what_is_written_bit_by_bit_is_what_is_written_at_once_and_any_reader_reads_it(tmp_path):
