@@ -82,7 +82,9 @@ def texts(
     for value in lines(file):
         counts["read"] += 1
         cleaned = text.clean(value)
-        mark = digest(text.key(cleaned))
+        mark, beside = digest(text.key(cleaned)), digest(text.key(text.longest_part(cleaned)))
+        if beside in left_out:  # a text that stands beside its title
+            mark = beside
         if mark in left_out or mark in seen:
             counts["excluded" if mark in left_out else "repeated"] += 1
         elif len(cleaned.split()) < settings.min_words:

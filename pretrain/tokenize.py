@@ -63,7 +63,7 @@ def write(texts: Texts, target: Path, tokenizer: Tokenizer) -> dict[str, float]:
             repeats.append(often)
             yield chunk
 
-    unknown_id = tokenizer.token_to_id("[UNK]")
+    unknown_id = tokens.unknown_id(tokenizer)
     with tokens.Writer(target, tokens.id_type(tokenizer.get_vocab_size())) as file:
         for encoded in tokens.encode_chunks(tokenizer, once()):
             often = repeats.popleft()

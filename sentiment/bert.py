@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from sentiment.ensemble import Ensemble
 
 NOT_SEEN = -10_000.0  # added to the attention scores of other reviews: far below any score, and exact in bf16
+KERNEL_SINCE, KERNEL_WIDEST = (8, 0), 256  # FlashAttention's first compute capability, and its widest head
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -238,9 +239,17 @@ def can_pack(model: Any) -> bool:
     )
 
 
+def kernel_takes(model: Any, device: torch.device) -> bool:
+    """Whether a CUDA device has the attention kernel for packed reviews, from Ampere on, and the kernel the model's head size."""
+    if isinstance(model, Ensemble):
+        return all(kernel_takes(member, device) for member in model.members)
+    size = model.config.hidden_size // model.config.num_attention_heads
+    return torch.cuda.get_device_capability(device) >= KERNEL_SINCE and size % 8 == 0 and size <= KERNEL_WIDEST
+
+
 def packs(model: Any, device: torch.device, precision: str) -> bool:
-    """Whether a model is best computed packed: on CUDA, in the precisions that the attention kernel has."""
-    return device.type == "cuda" and precision in ("bf16", "fp16") and can_pack(model)
+    """Whether a model is best computed packed: on CUDA, where the attention kernel takes it in this precision."""
+    return device.type == "cuda" and precision in ("bf16", "fp16") and can_pack(model) and kernel_takes(model, device)
 
 
 def reader(model: Any, packed: bool) -> nn.Module:

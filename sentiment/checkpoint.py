@@ -170,31 +170,63 @@ def save_word_piece(tokenizer: Tokenizer, folder: Path) -> None:
 def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max_length: int) -> "PreTrainedModel":
     """A sequence classifier with an output for each label, its head (and, with no checkpoint, all of it) drawn at random.
 
-    Draws from torch's global generator: seed it first. Raises CheckpointError if the checkpoint cannot be loaded or takes
-    no sequence of `max_length` tokens.
+    The head of a checkpoint that tells these very labels, in this order, is kept. Draws from torch's global generator: seed it
+    first. Raises CheckpointError if the checkpoint cannot be loaded, lacks weights below its head, or takes no sequence of
+    `max_length` tokens.
     """
     no_progress_bars()
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
     if settings.checkpoint is None:
         return small_bert(settings, names, tokenizer, max_length)
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     keywords = arguments(settings)
     try:
         import torch
 
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.checkpoint, dtype=torch.float32, weights_only=True, ignore_mismatched_sizes=True, **names, **keywords
-        )
+        told = AutoConfig.from_pretrained(settings.checkpoint, **keywords).id2label
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            settings.checkpoint, dtype=torch.float32, weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            **names, **keywords,
+        )  # fmt: skip
     except Exception as error:
         raise failure(settings, error) from error
+    check_weights(settings, model, info)
+    if [told[k] for k in sorted(told)] != list(labels):
+        draw_head(model, len(labels), {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     check_sizes(settings, model.config, tokenizer, "tokenize.max_length", max_length)
     return model
 
 
+def check_weights(settings: Model, model: Any, info: dict[str, Any]) -> None:
+    """Raise CheckpointError if a checkpoint lacks weights below its head, but for a pooler, or has others of their size."""
+    below = f"{model.base_model_prefix}."
+    found = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if lost := sorted(name for name in found if name.startswith(below) and ".pooler." not in name):
+        raise CheckpointError(
+            f"{settings.checkpoint} lacks {len(lost)} of the weights that its config.json asks for, {lost[0]} for one: they do "
+            "not belong together; save both with `model.save_pretrained(folder)`"
+        )
+
+
+def draw_head(model: Any, classes: int, drawn: set[str]) -> None:
+    """Draw the last layer anew, which tells other labels, unless it was `drawn` already."""
+    from torch import nn
+
+    below = f"{model.base_model_prefix}."
+    for name, layer in model.named_modules():
+        is_last = isinstance(layer, nn.Linear) and layer.out_features == classes and not name.startswith(below)
+        if is_last and f"{name}.weight" not in drawn:
+            nn.init.normal_(layer.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            log.info("%s tells other labels: its last layer is drawn anew", name)
+
+
 def check_sizes(settings: Model, config: Any, tokenizer: Tokenizer, key: str, max_length: int) -> None:
     """Raise CheckpointError if a checkpoint takes no sequence of as many tokens as `key` says, or not all of its tokenizer's."""
-    longest = getattr(config, "max_position_embeddings", max_length) // LENGTH_STEP * LENGTH_STEP
+    positions = getattr(config, "max_position_embeddings", max_length)  # below 1 where there is no limit
+    longest = positions // LENGTH_STEP * LENGTH_STEP if positions > 0 else max_length
     if max_length > longest:
         raise CheckpointError(f"{key} is {max_length}, but {settings.checkpoint} takes at most {longest} tokens; lower it")
     if tokenizer.get_vocab_size() > config.vocab_size:

@@ -46,6 +46,10 @@ class Inference:
     emoji: str | None = None
     bias: list[float] | None = None
 
+    def read(self, value: str) -> str:
+        """A text as the model reads it; of several columns, one that they are joined to with text.SEPARATOR."""
+        return text.read(value, len(self.text), self.case, self.emoji)
+
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Calibrated probabilities: float64 [reviews, classes]."""
         return calibration.probabilities(logits, self.temperature, self.bias)
@@ -117,8 +121,7 @@ class Classifier:
 
     def probabilities(self, texts: Sequence[str], batch_tokens: int = BATCH_TOKENS) -> np.ndarray:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
-        cleaned = [text.clean(value, self.inference.case, self.inference.emoji) for value in texts]
-        rows = encode(self.tokenizer, cleaned)
+        rows = encode(self.tokenizer, map(self.inference.read, texts))
         return self.token_probabilities(
             ragged(rows, np.zeros(len(texts), np.int16), self.tokenizer.get_vocab_size()), batch_tokens
         )

@@ -54,6 +54,8 @@ class Prepare(Section):
             raise ValueError("must name at least two classes, each with its ratings")
         seen: dict[float, str] = {}
         for label, ratings in labels.items():
+            if label in ("low", "high", "macro"):
+                raise ValueError(f"names a class {label}, as f1_{label} of the metrics is something else; rename it")
             for rating in ratings:
                 if rating in seen:
                     raise ValueError(f"gives rating {rating:g} both to {seen[rating]} and to {label}")

@@ -147,7 +147,7 @@ class EngineClassifier:
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Calibrated probabilities of the classes for texts as people write them: float64 [texts, classes]."""
-        cleaned = (text.clean(value, self.inference.case, self.inference.emoji) for value in texts)
+        cleaned = (self.inference.read(value) for value in texts)
         input_ids = [np.asarray(ids, np.int64) for ids in encode(self.tokenizer, cleaned)]
         return self.inference.probabilities(self.engine.logits(input_ids))
 

@@ -1,18 +1,21 @@
 """The models that pre-training begins with and leaves, in the layout of transformers."""
 
+import logging
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from sentiment.bert import PaddedBert, VarlenBert
-from sentiment.checkpoint import arguments, check_sizes, failure, no_progress_bars, small_config
+from sentiment.bert import PaddedBert, VarlenBert, kernel_takes
+from sentiment.checkpoint import arguments, check_sizes, check_weights, failure, no_progress_bars, small_config
 from sentiment.classifier import pick_device
 from sentiment.devices import native_precision
 from sentiment.errors import CheckpointError, TrainingError
 from sentiment.pretraining import MaskedModel, ReplacedTokens, Vocabulary
 from sentiment.pretraining_params import Params
+
+log = logging.getLogger(__name__)
 
 
 def build(settings: Params, tokenizer: Tokenizer) -> tuple[Any, MaskedModel | ReplacedTokens, bool]:
@@ -21,13 +24,8 @@ def build(settings: Params, tokenizer: Tokenizer) -> tuple[Any, MaskedModel | Re
     Raises CheckpointError where the checkpoint is no BERT or has another tokenizer, TrainingError where packing is not had.
     """
     no_progress_bars()
-    device = pick_device(settings.train.device).type
-    precision = settings.train.precision if settings.train.precision != "auto" else native_precision(device)
-    packs = device == "cuda" and precision in ("bf16", "fp16")
-    if settings.train.batching == "packed" and device == "cuda" and not packs:
-        raise TrainingError("train.batching packed needs train.precision bf16 or fp16 on CUDA; set one of the two to auto")
-    packed = settings.train.batching == "packed" or (settings.train.batching == "auto" and packs)
     masked = masked_bert(settings, tokenizer)
+    packed = is_packed(settings, masked)
     words = settings.train.sentiment_words if settings.train.sentiment_weight else []
     vocabulary = Vocabulary.of(tokenizer, masked.config.vocab_size, words)
     if settings.train.objective == "mlm":
@@ -43,6 +41,19 @@ def build(settings: Params, tokenizer: Tokenizer) -> tuple[Any, MaskedModel | Re
     return model, module, packed
 
 
+def is_packed(settings: Params, model: Any) -> bool:
+    """Whether batches are packed; raises TrainingError where they are to be and cannot."""
+    device, batching = pick_device(settings.train.device), settings.train.batching
+    precision = settings.train.precision if settings.train.precision != "auto" else native_precision(device.type)
+    packs = device.type == "cuda" and precision in ("bf16", "fp16") and kernel_takes(model, device)
+    if batching == "packed" and device.type == "cuda" and not packs:
+        raise TrainingError(
+            "train.batching packed needs train.precision bf16 or fp16 on CUDA, and a GPU with an attention kernel for the model; "
+            "set it to auto"
+        )
+    return batching == "packed" or (batching == "auto" and packs)
+
+
 def masked_bert(settings: Params, tokenizer: Tokenizer, layers: int | None = None) -> Any:
     """A BertForMaskedLM: the checkpoint, or random weights; of its first `layers` layers alone, if they are given."""
     from transformers import AutoModelForMaskedLM, BertForMaskedLM
@@ -53,15 +64,19 @@ def masked_bert(settings: Params, tokenizer: Tokenizer, layers: int | None = Non
         config.update(depth)
         return BertForMaskedLM(config)
     try:
-        model = AutoModelForMaskedLM.from_pretrained(
-            settings.model.checkpoint, dtype=torch.float32, weights_only=True, **depth, **arguments(settings.model)
-        )
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            settings.model.checkpoint, dtype=torch.float32, weights_only=True, output_loading_info=True, **depth,
+            **arguments(settings.model),
+        )  # fmt: skip
     except Exception as error:
         raise failure(settings.model, error) from error
     if model.config.model_type != "bert":
         raise CheckpointError(
             f"{settings.model.checkpoint} is a {model.config.model_type}; pre-training goes on from a BERT only"
         )
+    check_weights(settings.model, model, info)
+    if head := [name for name in info["missing_keys"] if name.startswith("cls.")]:
+        log.warning("%s has no %s: what names hidden words begins at random", settings.model.checkpoint, ", ".join(sorted(head)))
     check_sizes(settings.model, model.config, tokenizer, "tokens.max_length", settings.tokens.max_length)
     return model
 

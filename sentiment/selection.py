@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sentiment import conversion, engines, text
+from sentiment import conversion, engines
 from sentiment.classifier import Classifier
 from sentiment.conversion import convert
 from sentiment.engines import Choice, Engine, bf16_on_openvino
@@ -193,7 +193,7 @@ def split_reviews(classifier: Classifier, reviews: "pd.DataFrame | None") -> tup
 def tokenized(classifier: Classifier, texts: "pd.Series") -> list[np.ndarray]:
     """Token ids of texts, as the model reads them."""
     inference = classifier.inference
-    cleaned = (text.clean(str(value), inference.case, inference.emoji) for value in texts)
+    cleaned = (inference.read(str(value)) for value in texts)
     return [np.asarray(ids, np.int64) for ids in encode(classifier.tokenizer, cleaned)]
 
 

@@ -76,6 +76,13 @@ def join(parts: Sequence[str | None], case: Case = "as_written") -> str:
     return SEPARATOR.join(filter(None, (clean(part, case) for part in parts if part)))
 
 
+def read(text: str, columns: int, case: Case, emoji: str | None) -> str:
+    """A text as people write it as a model reads it: if it is joined from so many columns, each of them is cleaned by itself."""
+    if columns == 1:
+        return clean(text, case, emoji)
+    return tell_emoji(join(clean(text).split(SEPARATOR, columns - 1), case), emoji)
+
+
 def longest_part(text: str) -> str:
     """The longest of the columns that a text was joined from: what it shares with one that was read with others, or alone."""
     return max(text.split(SEPARATOR), key=len)

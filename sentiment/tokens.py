@@ -26,6 +26,7 @@ from sentiment.errors import CheckpointError, DataError
 CHUNK = 4096  # texts encoded together: enough to keep all cores at work, few enough to take little memory
 LENGTH_STEP = 8  # position tables, and a GPU's padded batches, are multiples of this: few shapes, aligned rows
 HEADER = 512  # bytes kept for a file's header, which is known when all else is written
+UNKNOWN = ("[UNK]", "<unk>")
 TYPES = {"U16": np.uint16, "U32": np.uint32, "I16": np.int16}
 
 
@@ -148,6 +149,11 @@ def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     return tokenizer
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The token for what the vocabulary has none for, by the names that models have for it; None where there is no such token."""
+    return next((found for name in UNKNOWN if (found := tokenizer.token_to_id(name)) is not None), None)
+
+
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:
     """The smallest type that holds the ids of a vocabulary."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -192,7 +198,7 @@ def flat(encodings: Sequence[Any], dtype: Any) -> Encoded:
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     cut = np.zeros(len(rows), bool)
     for index in np.flatnonzero(lengths == lengths.max(initial=0)):  # what was cut is as long as a text can be
-        cut[index] = bool(encodings[index].overflowing)
+        cut[index] = bool(encodings[int(index)].overflowing)
     return Encoded(np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum())), lengths, cut)
 
 

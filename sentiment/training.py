@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from sentiment import checkpoint, metrics
-from sentiment.bert import can_pack, packs, reader
+from sentiment.bert import can_pack, kernel_takes, packs, reader
 from sentiment.calibration import probabilities
 from sentiment.classifier import logits
 from sentiment.devices import describe, step_flops
@@ -43,7 +43,7 @@ def fingerprint(settings: Params, files: Iterable[Path], *more: Any) -> str:
     """What decides a run's result: parameters, files (data and the stage's code), our code, versions, devices; and what else."""
     parts: list[Any] = [settings.model.model_dump(), settings.train.model_dump(), list(settings.prepare.labels), *more]
     parts += [sha256(path) for path in sorted([*files, *Path(__file__).parent.glob("*.py")])]
-    parts += checkpoint.files(settings.model)
+    parts += [settings.tokenize.max_length, *checkpoint.files(settings.model)]
     parts += [versions(), PartialState().device.type, PartialState().num_processes, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -92,6 +92,8 @@ def check_packing(model: Any, device: torch.device, precision: str) -> None:
         raise TrainingError(f"train.batching packed is for BERT, and this is a {model.config.model_type}; set it to auto")
     if device.type == "cuda" and precision == "fp32":
         raise TrainingError("train.batching packed needs train.precision bf16 or fp16 on CUDA; set one of the two to auto")
+    if device.type == "cuda" and not kernel_takes(model, device):
+        raise TrainingError("train.batching packed: this GPU has no attention kernel for such a model; set it to auto")
 
 
 class FineTuning(Loop):
@@ -190,7 +192,7 @@ class FineTuning(Loop):
             progress.best_f1, progress.best_epoch = max(progress.best_f1, scores["f1_macro"]), progress.epoch + 1
             if self.accelerator.is_main_process:
                 with atomic(self.folder / "best.safetensors") as part:
-                    save_file({name: value.contiguous() for name, value in self.base.state_dict().items()}, part)
+                    save_file({name: value.contiguous().clone() for name, value in self.base.state_dict().items()}, part)
         log.info(
             "epoch %d/%d  train loss %.4f  validation loss %.4f  accuracy %.4f  F1 %.4f  macro-F1 %.4f  AUC %.4f",
             row["epoch"], self.settings.epochs, row["train_loss"], row["validation_loss"], row["validation_accuracy"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sentiment import calibration, engines, text
+from sentiment import calibration, engines
 from sentiment.classifier import Inference
 from sentiment.engines import Choice, Engine
 from sentiment.errors import CheckpointError
@@ -87,7 +87,7 @@ class Model:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Token ids of texts as people write them, and whether each was cut at the model's length."""
-        cleaned = [text.clean(value, self.inference.case, self.inference.emoji) for value in texts]
+        cleaned = [self.inference.read(value) for value in texts]
         found = self.tokenizer.encode_batch_fast(cleaned) if len(texts) > 1 else [self.tokenizer.encode(cleaned[0])]
         return [np.asarray(each.ids, np.int64) for each in found], [bool(each.overflowing) for each in found]
 

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from sentiment import checkpoint, files, params, text, tokens
+from sentiment.errors import CheckpointError
 from sentiment.files import atomic, write_json
 from sentiment.logs import run_stage
 
 LINKS = Path("data/checkpoint")
+TRAINED = Path("models/sentiment")
 SHIPPED = Path("models/base")  # which is in git, and in dvc.yaml
 PREPARED = Path("data/prepared")
 TOKENS = Path("data/tokens")
@@ -34,7 +36,15 @@ log = logging.getLogger("stages.tokenize")
 
 
 def link_checkpoint(settings: params.Model, folder: Path) -> None:
-    """Link the files of a checkpoint on disk into `folder`, in place of those of the one before; none of a Hub name's."""
+    """Link the files of a checkpoint on disk into `folder`, in place of those of the one before; none of a Hub name's.
+
+    Raises CheckpointError for the model that the training is to leave.
+    """
+    if settings.checkpoint and Path(settings.checkpoint).resolve().is_relative_to(TRAINED.resolve()):
+        raise CheckpointError(
+            f"model.checkpoint is {settings.checkpoint}, which is removed before a training begins; copy it to another "
+            "folder, and name that"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_symlink():
@@ -93,7 +103,7 @@ def read(path: Path, emoji: str | None = None) -> Iterator[tuple[list[str], np.n
 
 def write(source: Path, target: Path, tokenizer: Tokenizer, emoji: str | None = None) -> Counts:
     """Encode a prepared file into a split's file, and count."""
-    unknown_id, longest = tokenizer.token_to_id("[UNK]"), (tokenizer.truncation or {})["max_length"]
+    unknown_id, longest = tokens.unknown_id(tokenizer), (tokenizer.truncation or {})["max_length"]
     reviews, unknown, cut = np.zeros(longest + 1, np.int64), 0, 0
     chunks, again = tee(read(source, emoji))  # as far apart as one chunk is being encoded
     encoded = tokens.encode_chunks(tokenizer, (texts for texts, _ in chunks))

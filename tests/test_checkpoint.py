@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, XLNetConfig, XLNetForSequenceClassification
 
 import models
 from sentiment import checkpoint, tokens
 from sentiment.errors import CheckpointError
+from sentiment.files import read_json, write_json
 from sentiment.params import Model
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,48 @@ def test_a_folder_keeps_its_encoder_and_gets_a_head(folder):
     kept = BertForMaskedLM.from_pretrained(folder).bert.encoder.state_dict()
     assert all(torch.equal(value, made.bert.encoder.state_dict()[name]) for name, value in kept.items())
     assert made.config.id2label == {0: "negativo", 1: "positivo"}
+
+
+def saved_as(folder, rename):
+    weights = {rename(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_by_names_that_the_model_does_not_have_are_refused(folder):
+    saved_as(folder, lambda name: f"model.{name}")
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of the weights that its config.json asks for, bert\..* save both with"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"max_position_embeddings": 128}])
+def test_weights_of_another_size_than_the_configuration_s_are_refused(folder, change):
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | change)
+    with pytest.raises(CheckpointError, match=r"lacks .* do not belong together"):
+        load(folder)
+
+
+def test_a_head_is_kept_where_it_tells_the_same_labels_in_the_same_order_and_drawn_anew_where_not(folder):
+    torch.manual_seed(0)
+    load(folder).save_pretrained(folder)
+    head = load_file(folder / "model.safetensors")["classifier.weight"]
+    torch.manual_seed(1)
+    assert torch.equal(load(folder).classifier.weight, head)
+    tokenizer = tokens.load_tokenizer(folder, 32)
+    settings = model_settings(checkpoint=str(folder))
+    for labels in (["positivo", "negativo"], ["ruim", "bom"], ["ruim", "médio", "bom"]):
+        made = checkpoint.load_model(settings, labels, tokenizer, 32)
+        assert made.classifier.weight.shape == (len(labels), 32)
+        assert not torch.isin(made.classifier.weight, head).any()
+        assert made.classifier.weight.std() < 0.05
+        assert list(made.config.id2label.values()) == labels
+
+
+def test_a_checkpoint_without_a_limit_of_positions_loads(tmp_path):
+    tokenizer = models.tokenizer_in(tmp_path, models.reviews()[0])
+    config = XLNetConfig(vocab_size=tokenizer.get_vocab_size(), d_model=32, n_layer=1, n_head=2, d_inner=64)
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path)
+    assert load(tmp_path).config.model_type == "xlnet"
 
 
 def test_weights_in_pytorch_model_bin_load(folder):

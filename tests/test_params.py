@@ -50,6 +50,7 @@ def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, written):
         ("train.epochs", -1, ["train.epochs", "-1"]),
         ("train.epochs", 2.5, ["train.epochs", "integer", "2.5"]),
         ("train.epochs", True, ["train.epochs", "True"]),
+        ("prepare.labels", {"low": [1], "high": [5]}, ["prepare.labels", "class low", "rename it"]),
         ("train.device", "tpu", ["train.device", "'cuda'", "'tpu'"]),
         ("train.batch_tokens", 255, ["train.batch_tokens (255)", "tokenize.max_length (256)"]),
         ("evaluate.batch_tokens", 255, ["evaluate.batch_tokens (255)", "tokenize.max_length (256)"]),

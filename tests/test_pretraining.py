@@ -1,6 +1,7 @@
 """Pre-training: what is hidden, what is learnt, and what is left to be fine-tuned."""
 
 import json
+import logging
 import math
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertForMaskedLM
 
@@ -243,6 +244,20 @@ def test_pseudo_perplexity_is_that_of_each_token_hidden_alone(tmp_path):
     assert found == pytest.approx(math.exp(expected / number), rel=1e-4)
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused_and_one_without_a_head_is_said(tmp_path, caplog):
+    first, tokenizer, _ = run_in(tmp_path / "first", objective="mlm", epochs=1)
+    checkpoint.save_word_piece(tokenizer, tmp_path / "model")
+    first.base.bert.save_pretrained(tmp_path / "model")
+    wanted = settings({"checkpoint": str(tmp_path / "model")}, objective="mlm")
+    with caplog.at_level(logging.WARNING, "sentiment.pretraining_models"):
+        pretraining_models.build(wanted, tokenizer)
+    assert "has no cls." in caplog.text
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({f"x.{name}": value for name, value in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of the weights"):
+        pretraining_models.build(wanted, tokenizer)
+
+
 @pytest.mark.parametrize("objective", ["mlm", "rtd"])
 def test_it_goes_on_from_a_checkpoint(tmp_path, objective):
     first, tokenizer, _ = run_in(tmp_path / "first", objective="mlm", epochs=1)
@@ -362,6 +377,19 @@ def test_a_text_to_be_tested_on_is_not_learnt_without_its_title_either(project):
     found = {text.key(row["text"]) for row in read("train") + read("held_out")}
     assert found == {text.key(value) for value in texts} - {text.key(value) for value in texts[:50]}
     assert json.loads(corpus.METRICS.read_text())["to_exclude"] == len({text.key(value) for value in texts[:50]})
+
+
+def test_a_text_to_be_tested_on_is_not_learnt_where_it_stands_beside_its_title(project):
+    _, texts = project
+    with Path("texts.txt").open("a") as file:
+        file.writelines(f"\nOi - {value}" for value in texts[:60])
+    corpus.main()
+    found = [text.key(row["text"]) for row in read("train") + read("held_out")]
+    left_out = {text.key(value) for value in texts[:50]}
+    assert not [key for key in found if key.removeprefix("oi ") in left_out]
+    assert any(key.startswith("oi ") for key in found)
+    counted = json.loads(corpus.METRICS.read_text())
+    assert counted["excluded"] >= 100
 
 
 def test_texts_that_parquet_holds_as_bytes_are_learnt_from_too(project):

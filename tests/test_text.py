@@ -101,6 +101,22 @@ def test_cleaning_twice_changes_nothing_and_leaves_no_control_character():
         assert cleaned == cleaned.strip()
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("PÉSSIMO PRODUTO", "veio quebrado 😡 no dia"),
+        ("Bom", "CHEGOU ANTES DO PRAZO. GOSTEI"),
+        ("BOM", "GOSTEI"),
+        ("", "só texto"),
+    ],
+)
+@pytest.mark.parametrize("case", ["as_written", "lower", "truecase"])
+def test_a_text_of_several_columns_is_read_as_it_was_learnt(columns, case):
+    learnt = text.tell_emoji(text.join(columns, case), "pt")
+    assert text.read(text.join(columns), 2, case, "pt") == learnt
+    assert text.read(text.join(columns, case), 2, case, "pt") == learnt  # what is prepared already
+
+
 def test_columns_are_joined_by_a_dash_and_empty_ones_left_out():
     assert text.join(["Muito bom", " Chegou\nrápido "]) == "Muito bom - Chegou rápido"
     assert text.join([None, "Chegou rápido", "  "]) == "Chegou rápido"

@@ -7,14 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from sentiment import params, tokens
 from sentiment.checkpoint import save_word_piece, word_piece
 from sentiment.errors import CheckpointError, DataError
 from sentiment.text import clean
-from sentiment.tokens import Tokens, Writer, encode, encode_chunks, joined, load_tokenizer, ragged
+from sentiment.tokens import Tokens, Writer, encode, encode_chunks, joined, load_tokenizer, ragged, unknown_id
 from stages import tokenize as stage
-from stages.tokenize import Texts, histogram, percentile, write
+from stages.tokenize import Texts, histogram, percentile, summary, write
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
@@ -202,6 +203,15 @@ def test_the_split_written_by_the_stage_is_the_prepared_one(tokenizer_folder, tm
         np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name))
     assert counts.reviews.tolist() == np.bincount(expected.lengths, minlength=13).tolist()
     assert counts.unknown == (expected.input_ids == tokenizer.token_to_id("[UNK]")).sum()
+    longer = sum(len(ids) > 12 for ids in encode(load_tokenizer(tokenizer_folder, 256), TEXTS))
+    assert summary(counts)["truncated_share"] == longer / len(TEXTS)
+
+
+def test_unknown_tokens_are_counted_by_the_name_that_the_tokenizer_has_for_them():
+    for name in ("[UNK]", "<unk>"):
+        tokenizer = Tokenizer(models.WordPiece({name: 0, "bom": 1}, unk_token=name))
+        assert unknown_id(tokenizer) == 0
+    assert unknown_id(Tokenizer(models.BPE({"b": 0}, []))) is None
 
 
 def test_the_stage_reads_emoji_as_the_model_will(tokenizer_folder, tmp_path):
@@ -233,3 +243,6 @@ def test_a_checkpoint_s_files_are_linked_so_that_dvc_notices_their_changes(tmp_p
         stage.link_checkpoint(model.model_copy(update={"checkpoint": name}), stage.LINKS)
         assert [path.name for path in stage.LINKS.iterdir()] == ["README.md"]
         stage.link_checkpoint(model.model_copy(update={"checkpoint": str(tmp_path / "models/mine")}), stage.LINKS)
+    with pytest.raises(CheckpointError, match="models/sentiment, which is removed before a training begins; copy it"):
+        stage.link_checkpoint(model.model_copy(update={"checkpoint": "models/sentiment"}), stage.LINKS)
+    assert (stage.LINKS / "config.json").is_file()

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
 
 import models
 from sentiment import checkpoint, tokens, training
+from sentiment.bert import packs
 from sentiment.errors import TrainingError
 from sentiment.files import read_json
 from sentiment.loop import parameter_groups, rate, seed, state_of
@@ -392,6 +394,21 @@ def test_packed_batches_train_too_and_have_little_padding(tmp_path, caplog):
         result = loop.run()
     assert result.history[-1]["validation_f1_macro"] > 0.8
     assert "padding" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "takes"), [((7, 5), 2, False), ((8, 0), 2, True), ((9, 0), 2, True), ((9, 0), 8, False)]
+)
+def test_reviews_are_packed_only_where_the_gpu_has_a_kernel_for_the_model(monkeypatch, capability, heads, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=heads, intermediate_size=32)
+    model, cuda = BertForSequenceClassification(config), torch.device("cuda")
+    assert packs(model, cuda, "bf16") is packs(model, cuda, "fp16") is takes
+    assert not packs(model, cuda, "fp32")
+    assert not packs(model, torch.device("cpu"), "bf16")
+    if not takes:
+        with pytest.raises(TrainingError, match=r"train\.batching packed: this GPU has no attention kernel .*set it to auto"):
+            training.check_packing(model, cuda, "bf16")
 
 
 def test_packing_what_cannot_be_packed_is_an_error_that_names_the_parameter():
