@@ -16,7 +16,7 @@ help:  ## list the targets
 .venv/dev-installed: .venv/installed requirements-dev.txt
 	pip install --quiet -r requirements-dev.txt && touch $@
 
-repro: .venv/installed  ## install into .venv and run the pipeline: download, prepare, tokenize, train, evaluate, promote
+repro: .venv/installed  ## install into .venv and run the pipeline, from download to promote and report
 	dvc repro
 
 serve: .venv/installed  ## answer HTTP requests on port 8000 with the model in production

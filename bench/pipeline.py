@@ -1,6 +1,6 @@
 """What the pipeline costs beside its computing: imports, DVC and DVCLive, in a fresh clone on the shipped sample.
 
-Run: python -m bench.pipeline          some two minutes; nothing in this repository changes
+Run: python -m bench.pipeline          some six minutes; nothing in this repository changes
 
 HEAD is cloned without its tags, and `dvc repro --force` runs there once, away from the user's settings. A program called python,
 first on PATH, times each stage's process, and has Python say how long each import took, those within functions, too. At last the

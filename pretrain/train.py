@@ -39,7 +39,7 @@ def main() -> None:
     seed(settings.train.seed)
     with timed(log, "loading the model"):
         model, module, packed = pretraining_models.build(settings, tokenizer)
-    log.info("%s parameters, %s", f"{model.num_parameters():,}", settings.train.model_dump_json())
+    log.info("%s parameters, %s", f"{model.num_parameters():,}", settings.train.model_dump_json(exclude={"sentiment_words"}))
     ready = accelerator_for(settings.train)
     splits = Tokens.load(TOKENS / "train.safetensors"), Tokens.load(TOKENS / "held_out.safetensors")
     feeds = pretraining.feeds(splits, tokenizer.token_to_id("[PAD]") or 0, packed, ready[0].device)

@@ -5,7 +5,8 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,10 +186,11 @@ def load_model(settings: Model, labels: Sequence[str], tokenizer: Tokenizer, max
         import torch
 
         told = AutoConfig.from_pretrained(settings.checkpoint, **keywords).id2label
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            settings.checkpoint, dtype=torch.float32, weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            **names, **keywords,
-        )  # fmt: skip
+        with warnings_left_out():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                settings.checkpoint, dtype=torch.float32, weights_only=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, **names, **keywords,
+            )  # fmt: skip
     except Exception as error:
         raise failure(settings, error) from error
     check_weights(settings, model, info)
@@ -234,6 +236,19 @@ def check_sizes(settings: Model, config: Any, tokenizer: Tokenizer, key: str, ma
             f"{settings.checkpoint} has {config.vocab_size} embeddings for {tokenizer.get_vocab_size()} tokens: its "
             "weights and its tokenizer do not belong together"
         )
+
+
+@contextmanager
+def warnings_left_out() -> Iterator[None]:
+    """Keep transformers from reporting which weights a checkpoint lacks or has too many, as most have: see check_weights."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def no_progress_bars() -> None:

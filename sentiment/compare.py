@@ -105,8 +105,9 @@ def of_revision(root: Path, name: str, path: Path) -> pd.DataFrame:
         return from_parquet(DVCFileSystem(str(root), rev=name).read_bytes(str(path)))
     except Exception as error:
         raise DataError(
-            f"{name} has no {path} to compare ({type(error).__name__}: {first_line(error)}); name a version (gto show), an "
-            "experiment (dvc exp show) or a revision whose predictions are in the cache, or fetch them with `dvc fetch`"
+            f"{name} has no {path} to compare ({type(error).__name__}: {first_line(error)}); name a version or a stage "
+            "(gto show), an experiment (dvc exp show) or a revision whose predictions are in the cache (or `dvc fetch` them); "
+            "before the first promotion there is no production: `dvc repro`"
         ) from error
 
 

@@ -61,7 +61,7 @@ def check(members: Sequence[Member], settings: Params, tokenizer: Path, data: di
     `tokenizer` is the tokenizer.json of the tokens at hand. A model of another split may have learnt from test reviews.
     """
     wanted = {
-        "classes": list(settings.prepare.labels),
+        "list of classes": list(settings.prepare.labels),
         "tokenizer": sha256(tokenizer),
         "way to read texts": [settings.tokenize.model_dump(), settings.prepare.case, settings.prepare.text],
         "data (its sha256)": data["sha256"],
@@ -73,7 +73,7 @@ def check(members: Sequence[Member], settings: Params, tokenizer: Path, data: di
         for what, value in facts(member.folder).items():
             if value != wanted[what]:
                 raise TrainingError(
-                    f"train.ensemble names {member.name}, whose {what} is not that of this run; name models that were trained "
+                    f"train.ensemble names {member.name}, which has another {what} than this run; name models that were trained "
                     "on the same reviews in the same way, or set the parameters to theirs"
                 )
 
@@ -82,7 +82,7 @@ def facts(folder: Path) -> dict[str, Any]:
     """What has to be the same for all members."""
     metadata, inference = read_json(folder / "metadata.json"), Inference.load(folder)
     return {
-        "classes": metadata["labels"],
+        "list of classes": metadata["labels"],
         "tokenizer": sha256(folder / "tokenizer.json"),
         "way to read texts": [{"max_length": inference.max_length, "emoji": inference.emoji}, inference.case, inference.text],
         "data (its sha256)": metadata["data"]["sha256"],

@@ -8,7 +8,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from sentiment.bert import PaddedBert, VarlenBert, kernel_takes
-from sentiment.checkpoint import arguments, check_sizes, check_weights, failure, no_progress_bars, small_config
+from sentiment.checkpoint import (
+    arguments,
+    check_sizes,
+    check_weights,
+    failure,
+    no_progress_bars,
+    small_config,
+    warnings_left_out,
+)
 from sentiment.classifier import pick_device
 from sentiment.devices import native_precision
 from sentiment.errors import CheckpointError, TrainingError
@@ -64,10 +72,11 @@ def masked_bert(settings: Params, tokenizer: Tokenizer, layers: int | None = Non
         config.update(depth)
         return BertForMaskedLM(config)
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            settings.model.checkpoint, dtype=torch.float32, weights_only=True, output_loading_info=True, **depth,
-            **arguments(settings.model),
-        )  # fmt: skip
+        with warnings_left_out():
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                settings.model.checkpoint, dtype=torch.float32, weights_only=True, output_loading_info=True, **depth,
+                **arguments(settings.model),
+            )  # fmt: skip
     except Exception as error:
         raise failure(settings.model, error) from error
     if model.config.model_type != "bert":

@@ -76,6 +76,7 @@ def fetch(source: str, folder: Path) -> Fetched:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = "it is not there (404)" if isinstance(error, FileNotFoundError) else reason
         raise DataError(f"{source} cannot be read: {reason}; check the address and the network") from error
 
 

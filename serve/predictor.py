@@ -46,7 +46,7 @@ class Predictor:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.path = settings, folder / SOCKET
         self.batcher = Batcher(
-            settings.queue, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings), deliver,
+            settings.places, settings.queue_texts, settings.batch_wait_ms / 1000, self.observe, most_lanes(settings), deliver,
             WAIT_SHARE, TOGETHER_SECONDS,
         )  # fmt: skip
         self.watcher = Watcher(settings, folder / LAST)

@@ -25,15 +25,17 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, protected_namespaces=()
     )
 
-    model: str = Field("production", description="a stage (production), a version (v1.0.0), or a model folder")
+    model: str = Field("production", description="a stage (production, or promote.stage), a version (v1.0.0), or a model folder")
     repo: str = Field(".", description="the repository that has the tags: a clone's folder, or a git URL")
     poll_seconds: Seconds = Field(10.0, description="between two looks at the tags")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on")
     workers: Count = Field(2, description="HTTP processes; the model is not in them")
     http_threads: Count = Field(192, description="requests that an HTTP process works on at once")
-    engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="what computes; auto measures")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one")
+    engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
+        "auto", description="what computes: openvino, onnxruntime, torch; auto measures"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cpu, cuda; auto: a CUDA GPU if there is one")
     threads: Count | None = Field(None, description="of the engine; default: all processors (of the container's quota)")
     lanes: Count | None = Field(
         None,
@@ -52,7 +54,9 @@ class Settings(BaseSettings):
         description="how long a batch that is not full waits at most for as many texts as came together lately, and a quarter of "
         "the time that the last one took; a lone text never waits",
     )
-    queue: Count = Field(256, description="requests that may wait; beyond that the answer is 503")
+    queue: Count | None = Field(
+        None, description="requests that may wait, beyond which the answer is 503; default: 256, below workers x http_threads"
+    )
     queue_texts: Count = Field(1024, description="texts that may wait; beyond that a request of several texts is answered 503")
     timeout_seconds: Seconds = Field(30.0, description="for an answer; then 504")
     read_seconds: Seconds = Field(10.0, description="for a client to send its request")
@@ -63,7 +67,9 @@ class Settings(BaseSettings):
     trusted_proxies: Annotated[list[Network], NoDecode] = Field(
         [], description="addresses or networks, by commas, whose X-Forwarded-For is believed"
     )
-    log_text: Literal["preview", "hash", "off"] = Field("preview", description="what logs hold of a text: 50 characters, a hash")
+    log_text: Literal["preview", "hash", "off"] = Field(
+        "preview", description="what logs hold of a text: 50 characters, a hash, nothing"
+    )
     log_format: Literal["text", "json"] = Field("text", description="json: an object a line")
     log_file: Path | None = Field(Path("logs/api.log"), description="rotating log file; - for none")
     log_bytes: Count = Field(10_000_000, description="size at which the log file is rotated")
@@ -100,9 +106,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def more_threads_than_places(self) -> "Settings":
-        if self.workers * self.http_threads <= self.queue:
+        if self.queue and self.workers * self.http_threads <= self.queue:
             raise ValueError(f"workers x http_threads ({self.workers * self.http_threads}) must be above queue ({self.queue})")
         return self
+
+    @cached_property
+    def places(self) -> int:
+        """Requests that may wait: `queue`, or as many as suit the threads that they would wait in."""
+        return self.queue or max(1, min(256, self.workers * self.http_threads - 1))
 
     @cached_property
     def root(self) -> Path:

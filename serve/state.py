@@ -61,7 +61,7 @@ def add(app: OpenAPI, settings: Settings, client: Any) -> None:
         found = state()
         if not found["model_loaded"]:
             raise RefusedError(503, "no model is loaded", retry_after=2)
-        if found["waiting_requests"] >= settings.queue:
+        if found["waiting_requests"] >= settings.places:
             raise RefusedError(503, "too many requests are waiting", retry_after=1)
         return app.json.response(status="ready")
 

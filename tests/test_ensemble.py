@@ -135,13 +135,13 @@ def test_members_that_belong_together_pass(folders):
 def test_a_member_of_another_kind_is_refused_by_name(folders, tmp_path, name, values, what):
     other = changed(folders[1], tmp_path / "other", name, **values)
     found = [Member("v1.0.0", folders[0]), Member("v1.1.0", other)]
-    with pytest.raises(TrainingError, match=f"names v1.1.0, whose {what}"):
+    with pytest.raises(TrainingError, match=f"names v1.1.0, which has another {what}"):
         members.check(found, settings(), folders[0] / "tokenizer.json", DATA)
 
 
 def test_a_member_with_another_tokenizer_is_refused(folders, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(TrainingError, match="names 0, whose tokenizer"):
+    with pytest.raises(TrainingError, match="names 0, which has another tokenizer"):
         members.check([Member("0", folders[0])], settings(), tmp_path / "tokenizer.json", DATA)
 
 

@@ -72,6 +72,14 @@ def test_every_wrong_setting_has_its_line(variables):
     assert [line.split(":")[0].strip() for line in refused()] == ["SERVE_PORT", "SERVE_WORKERS", "SERVE_LOG_TEXT"]
 
 
+@pytest.mark.parametrize(
+    ("workers", "http_threads", "places"), [("2", "192", 256), ("1", "192", 191), ("1", "1", 1), ("8", "64", 256)]
+)
+def test_as_many_wait_by_default_as_the_threads_can_hold(variables, workers, http_threads, places):
+    variables(workers=workers, http_threads=http_threads)
+    assert settings.load().places == places
+
+
 def test_a_queue_that_the_threads_cannot_fill_is_refused_by_name(variables):
     variables(workers="1", http_threads="8", queue="8")
     (line,) = refused()
