@@ -125,7 +125,7 @@ def test_members_that_belong_together_pass(folders):
 @pytest.mark.parametrize(
     ("name", "values", "what"),
     [
-        ("metadata.json", {"labels": ["positivo", "negativo"]}, "classes"),
+        ("metadata.json", {"labels": ["positivo", "negativo"]}, "list of classes"),
         ("metadata.json", {"data": {"sha256": "b" * 64}}, "data"),
         ("metadata.json", {"params": {"prepare": {"test": 0.3}}}, "split of the data"),
         ("inference.json", {"max_length": 16}, "way to read texts"),
